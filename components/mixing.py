@@ -1,0 +1,232 @@
+"""From several importance metrics to one decision: normalise, combine, choose what to keep."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from components.dependency import DependencyGraph, Group, Scores
+from components.errors import UserError, nearest
+
+COUPLING = "coupling"
+"""The key of the coefficients of coupling groups, where coefficients are given per component."""
+
+Coefficients = Mapping[str, float] | Mapping[str, Mapping[str, float]]
+"""`{metric: weight}` for all groups, or `{component: {metric: weight}}` (coupling groups: `"coupling"`)."""
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """How to score channels and how many of them to remove.
+
+    Attributes:
+        coefficients: the weight of each importance metric, >= 0 and not all zero; only their proportions
+            matter. Shared by all groups, `{metric: weight}`, or per component, `{component: {metric:
+            weight}}`, where coupling groups use the key `"coupling"`.
+        ratios: the share of each group's channels to remove, in [0, 1), by group name; a group that is not
+            named keeps all its channels.
+
+    The mappings are not copied: do not change them afterwards.
+
+    Raises:
+        UserError: a weight that is negative, not finite or not a number, weights that are all zero, or a
+            ratio outside [0, 1).
+    """
+
+    coefficients: Coefficients
+    ratios: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if not self.coefficients:
+            raise UserError("the plan has no mixing coefficients: give at least one metric a positive weight")
+        if self.is_per_component:
+            for component, weights in self.coefficients.items():
+                if not isinstance(weights, Mapping):
+                    raise UserError(
+                        f"coefficients are either shared or per component, not both: "
+                        f"{component!r} has {weights!r}"
+                    )
+                _check_weights(weights, f" of component {component!r}")
+        else:
+            _check_weights(cast(Mapping[str, float], self.coefficients), "")
+        for group, ratio in self.ratios.items():
+            if not _is_number(ratio) or not 0.0 <= ratio < 1.0:
+                raise UserError(f"the pruning ratio of group {group!r} has to be in [0, 1), not {ratio!r}")
+
+    @property
+    def is_per_component(self) -> bool:
+        """True where every component has coefficients of its own."""
+        return any(isinstance(value, Mapping) for value in self.coefficients.values())
+
+    def coefficients_of(self, group: Group) -> Mapping[str, float]:
+        """The weights that score one group.
+
+        Raises:
+            UserError: the coefficients are per component and the group's has none.
+        """
+        if not self.is_per_component:
+            return cast(Mapping[str, float], self.coefficients)
+        key = COUPLING if group.is_coupling else next(iter(group.components), "")
+        weights = self.coefficients.get(key)
+        if weights is None:
+            raise UserError(
+                f"the plan has no coefficients for {key!r}, which group {group.name!r} needs: "
+                f"{nearest(key, self.coefficients)}"
+            )
+        return cast(Mapping[str, float], weights)
+
+    def to_json(self) -> str:
+        """As one line of JSON; floats survive the round trip exactly."""
+        return json.dumps({"coefficients": self.coefficients, "ratios": self.ratios}, default=dict)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """The inverse of `to_json`.
+
+        Raises:
+            UserError: the text is not the JSON of a plan, or the plan is not valid.
+        """
+        try:
+            fields: Any = json.loads(text)
+            coefficients, ratios = fields["coefficients"], fields["ratios"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError("a pruning plan has to be JSON with 'coefficients' and 'ratios'") from None
+        if not isinstance(coefficients, dict) or not isinstance(ratios, dict):
+            raise UserError("the 'coefficients' and 'ratios' of a pruning plan have to be JSON objects")
+        return cls(coefficients=coefficients, ratios=ratios)
+
+
+def simplex(u: Sequence[float]) -> list[float]:
+    """Weights on the simplex, proportional to (-log u)^3.
+
+    For independent uniform u, -log u is exponential, so the first power would be Dirichlet(1), which
+    practically never comes near a corner; the third power does. A smaller u means a larger weight; u = 1
+    means exactly 0, so one u below 1 among ones is a pure metric, and all ones mean equal weights.
+
+    Args:
+        u: one number in [0, 1] for each metric.
+
+    Returns:
+        As many numbers >= 0, summing to 1.
+
+    Raises:
+        UserError: u is empty, or an element is outside [0, 1] or not a number.
+    """
+    if not u:
+        raise UserError("mixing coefficients need at least one coordinate")
+    for value in u:
+        if not _is_number(value) or not 0.0 <= value <= 1.0:
+            raise UserError(f"a simplex coordinate has to be in [0, 1], not {value!r}")
+    logs = [abs(math.log(max(value, sys.float_info.min))) for value in u]
+    largest = max(logs)
+    if largest == 0.0:
+        return [1.0 / len(u)] * len(u)
+    weights = [(value / largest) ** 3 for value in logs]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def normalise(scores: Tensor) -> Tensor:
+    """The scores of one group `(size,)`, scaled to mean 1, in float64; all zero becomes all one.
+
+    Raises:
+        UserError: a score is negative or not finite.
+    """
+    values = scores.detach().double()
+    largest = float(values.max()) if values.numel() else 0.0
+    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+        bad = values[~torch.isfinite(values) | (values < 0)][0]
+        raise UserError(f"importance scores have to be finite and >= 0, not {float(bad)}")
+    if largest == 0.0:
+        return torch.ones_like(values)
+    scaled = values / largest  # so that the mean can neither overflow nor vanish
+    return scaled / scaled.mean()
+
+
+def mix(scores: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> Tensor:
+    """The mixed scores of one group: the weighted sum of its normalised metrics.
+
+    Args:
+        scores: `(size,)` for every metric with a positive weight; others may be there and are not read.
+        coefficients: the weight of each metric.
+
+    Returns:
+        `(size,)` float64, >= 0, with mean 1; higher means keep.
+
+    Raises:
+        UserError: a metric has a positive weight and no scores, or scores that are negative or not finite.
+    """
+    weights = {metric: weight for metric, weight in coefficients.items() if weight > 0}
+    for metric in weights:
+        if metric not in scores:
+            raise UserError(f"there are no scores of metric {metric!r}: {nearest(metric, scores)}")
+    total = math.fsum(weights.values())
+    parts = [normalise(scores[metric]) * (weight / total) for metric, weight in weights.items()]
+    return torch.stack(parts).sum(0)
+
+
+def kept_count(size: int, ratio: float) -> int:
+    """How many of a group's channels stay: its kept share, rounded, at least one."""
+    return max(1, round((1.0 - ratio) * size))
+
+
+def choose(graph: DependencyGraph, scores: Mapping[str, Scores], plan: PruningPlan) -> dict[str, Tensor]:
+    """The channels to keep: in every group the highest mixed scores, and at least one channel.
+
+    Args:
+        graph: the dependency graph.
+        scores: for every metric that the plan gives weight to, the scores of all groups.
+        plan: mixing coefficients and pruning ratios.
+
+    Returns:
+        For every group a bool tensor `(size,)` on the CPU; True keeps the channel. Among equal scores the
+        lower index stays, so equal inputs give equal decisions on every machine.
+
+    Raises:
+        UserError: the plan names a group that the graph does not have, a metric has no scores, or scores have
+            the wrong shape, are negative or not finite.
+    """
+    for name in plan.ratios:
+        if name not in graph.by_name:
+            raise UserError(f"the model has no pruning group {name!r}: {nearest(name, graph.by_name)}")
+    return {group.name: _keep(group, scores, plan) for group in graph.groups}
+
+
+def _keep(group: Group, scores: Mapping[str, Scores], plan: PruningPlan) -> Tensor:
+    keep = torch.zeros(group.size, dtype=torch.bool)
+    of_group = {
+        metric: by_group[group.name].cpu() for metric, by_group in scores.items() if group.name in by_group
+    }
+    for metric, values in of_group.items():
+        if values.shape != (group.size,):
+            raise UserError(
+                f"the {metric!r} scores of group {group.name!r} have to be ({group.size},), "
+                f"not {tuple(values.shape)}"
+            )
+    mixed = mix(of_group, plan.coefficients_of(group))
+    order = torch.argsort(mixed, descending=True, stable=True)
+    keep[order[: kept_count(group.size, plan.ratios.get(group.name, 0.0))]] = True
+    return keep
+
+
+def _check_weights(weights: Mapping[str, float], where: str) -> None:
+    for metric, weight in weights.items():
+        if not _is_number(weight) or not math.isfinite(weight) or weight < 0:
+            raise UserError(
+                f"the coefficient of metric {metric!r}{where} has to be finite and >= 0, not {weight!r}"
+            )
+    if not any(weight > 0 for weight in weights.values()):
+        raise UserError(
+            f"the mixing coefficients{where} are all zero: give at least one metric a positive weight"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,92 @@
+"""Slice a model's state, and every state that mirrors it, down to the kept channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from components.dependency import DependencyGraph, Keep
+from components.errors import UserError
+
+KeptIndices = Mapping[str, tuple[Tensor | None, ...]]
+"""For every parameter that loses something: per axis the kept indices, or None for all of them."""
+
+
+def kept_indices(graph: DependencyGraph, keep: Keep) -> dict[str, tuple[Tensor | None, ...]]:
+    """Which indices of every parameter axis stay.
+
+    Args:
+        graph: from `trace`.
+        keep: one bool mask of shape `(group.size,)` per group; groups that are not named keep everything.
+
+    Raises:
+        UserError: an unknown group, a mask of another size or dtype, or a mask that keeps nothing.
+    """
+    unknown = sorted(set(keep) - set(graph.by_name))
+    if unknown:
+        raise UserError(f"unknown pruning group {unknown[0]!r}; the model has {sorted(graph.by_name)}")
+    masks: dict[tuple[str, int], Tensor] = {}
+    for name, kept in keep.items():
+        group = graph.by_name[name]
+        if kept.dtype != torch.bool or kept.shape != (group.size,):
+            raise UserError(
+                f"the mask of group {name!r} is {kept.dtype} of shape {tuple(kept.shape)}; "
+                f"it has to be torch.bool of shape ({group.size},)"
+            )
+        if kept.all():
+            continue
+        if not kept.any():
+            raise UserError(f"the mask of group {name!r} keeps nothing; at least one of {group.size} has to stay")
+        removed = ~kept.cpu()
+        for member in group.members:
+            key = member.parameter, member.axis
+            if key not in masks:
+                masks[key] = torch.ones(graph.shapes[member.parameter][member.axis], dtype=torch.bool)
+            masks[key][member.indices[removed].flatten()] = False
+    found: dict[str, list[Tensor | None]] = {}
+    for (name, axis), mask in masks.items():
+        axes = found.setdefault(name, [None] * len(graph.shapes[name]))
+        axes[axis] = mask.nonzero().flatten()
+    return {name: tuple(axes) for name, axes in found.items()}
+
+
+def slice_state(graph: DependencyGraph, state: Mapping[str, Tensor], indices: KeptIndices) -> dict[str, Tensor]:
+    """Cut every tensor of a state to the kept indices; the tensors returned share no memory with it.
+
+    Raises:
+        UserError: a name or shape that the traced model does not have.
+    """
+    aliases = graph.aliases or {}
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        known = aliases.get(name, name)
+        if known not in graph.shapes:
+            raise UserError(f"the state has {name!r}, which the traced model does not have")
+        if tensor.shape != graph.shapes[known]:
+            raise UserError(
+                f"{name!r} has shape {tuple(tensor.shape)} in the state and {tuple(graph.shapes[known])} in the "
+                "traced model"
+            )
+        piece = tensor.detach()
+        for axis, kept in enumerate(indices.get(known, ())):
+            if kept is not None:
+                piece = piece.index_select(axis, kept.to(piece.device))
+        result[name] = piece if known in indices else piece.clone()
+    return result
+
+
+def prune(graph: DependencyGraph, state: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
+    """The state of the model without its removed channels. Nothing passed in is modified.
+
+    Args:
+        graph: from `trace`.
+        state: tensors by state_dict name: the model's, or any that mirrors it (a target network, one
+            optimizer moment); it may hold a part of the names only.
+        keep: one bool mask of shape `(group.size,)` per group; True stays. Missing groups stay whole.
+
+    Raises:
+        UserError: masks or tensors that do not fit the traced model.
+    """
+    return slice_state(graph, state, kept_indices(graph, keep))
