@@ -1,0 +1,308 @@
+"""What every agent has to hold to, as tests to run on your own.
+
+Either in one call, which raises `AssertionError` at the first broken promise:
+
+    check_agent(lambda widths=None, data=None: MyAgent({"updates": 200}, widths, data))
+
+or as pytest tests, one per promise:
+
+    class TestMyAgent(AgentContract):
+        @staticmethod
+        def make_agent(widths=None, data=None):
+            return MyAgent({"updates": 200}, widths, data)
+
+`make_agent` returns a new, untrained agent every time, with options that make training short: some seconds
+at most, but long enough to beat the trivial agent.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import components
+from agents.agent import Agent, Objective
+from components import DependencyGraph, importance
+from components.tracker import ImportanceTracker
+
+MakeAgent = Callable[..., Agent]
+
+TRAIN_SEED, FINE_TUNE_UPDATES, KEPT = 3, 100, 0.4
+
+
+def check_agent(make_agent: MakeAgent) -> None:
+    """Run every check of `AgentContract` on an agent.
+
+    Raises:
+        AssertionError: the agent breaks a promise; the name of the failing method says which.
+    """
+    contract = AgentContract()
+    contract.make_agent = make_agent
+    for name in dir(AgentContract):
+        if name.startswith("test_"):
+            getattr(contract, name)()
+
+
+class AgentContract:
+    """One test per promise of `agents.agent.Agent`; subclass it and say how your agent is made."""
+
+    make_agent: MakeAgent
+
+    # --- what it says of itself --------------------------------------------------------------------------
+
+    def test_class_members(self) -> None:
+        agent = self.make_agent()
+        assert isinstance(type(agent).performance, Objective)
+        assert agent.fine_tune_methods
+        assert len(set(agent.fine_tune_methods)) == len(agent.fine_tune_methods)
+
+    def test_options_are_complete_and_json_able(self) -> None:
+        agent = self.make_agent()
+        options = json.loads(json.dumps(dict(agent.options)))
+        again = type(agent)(options)
+        assert json.loads(json.dumps(dict(again.options))) == options
+        assert dict(again.widths) == dict(agent.widths)
+
+    def test_components_cover_the_model(self) -> None:
+        agent = self.make_agent()
+        for name, _ in agent.model.named_parameters():
+            assert components.dependency.owner(name, agent.components) is not None, name
+
+    def test_contract_describes_act(self) -> None:
+        agent = self.make_agent()
+        contract = json.loads(json.dumps(agent.contract()))
+        assert set(contract) == {"inputs", "outputs", "control_step_s"}
+        inputs = agent.example_inputs(3)
+        for (described, *_), batch in (
+            (contract["inputs"], inputs),
+            (contract["outputs"], agent.act(inputs)),
+        ):
+            assert described["name"]
+            assert described["shape"] == list(batch.shape[1:])
+            assert described["dtype"] == str(batch.dtype).removeprefix("torch.")
+            if described["range"] is not None:
+                low, high = described["range"]
+                assert low <= batch.min()
+                assert batch.max() <= high
+
+    # --- widths and states -------------------------------------------------------------------------------
+
+    def test_widths_are_those_of_the_trace(self) -> None:
+        agent = self.make_agent()
+        assert _trace(agent).widths == dict(agent.widths)
+
+    def test_built_from_its_own_widths(self) -> None:
+        agent = self.make_agent()
+        widths = dict(sorted(agent.widths.items(), reverse=True))  # the order says nothing
+        again = self.make_agent(widths=widths)
+        assert dict(again.widths) == dict(agent.widths)
+        assert _shapes(again) == _shapes(agent)
+
+    def test_states_round_trip(self) -> None:
+        trained, states = _trained(self.make_agent)
+        other = self.make_agent(data=trained.data())
+        other.load_states(states)
+        assert _equal(other.states(), states)
+        inputs = trained.example_inputs(5)
+        assert torch.equal(other.act(inputs), trained.act(inputs))
+
+    def test_states_are_copies(self) -> None:
+        trained, states = _trained(self.make_agent)
+        agent = self.make_agent(data=trained.data())
+        agent.load_states(states)
+        taken = agent.states()
+        for section in taken.values():
+            for tensor in section.values():
+                tensor.zero_()
+        assert _equal(agent.states(), states)
+
+    def test_sections_mirror_the_parameters(self) -> None:
+        _, states = _trained(self.make_agent)
+        for section in states.values():
+            for name, tensor in section.items():
+                assert tensor.shape == states["model"][name].shape
+
+    def test_pruned_agent_loads_and_runs(self) -> None:
+        for seed in (0, 1):
+            pruned, graph = _pruned(self.make_agent, seed)
+            assert set(_shapes(pruned)) == set(_shapes(_trained(self.make_agent)[0]))
+            wider = {name: size for name, size in pruned.widths.items() if size > 1}
+            assert _trace(pruned).widths == wider
+            assert set(graph.widths) == set(pruned.widths)
+            measured = pruned.evaluate("validation")
+            assert all(math.isfinite(value) for value in measured.values())
+
+    def test_state_of_another_width_is_refused(self) -> None:
+        _, states = _trained(self.make_agent)
+        pruned, _ = _pruned(self.make_agent, 0)
+        try:
+            pruned.load_states(states)
+        except (ValueError, RuntimeError):
+            return
+        raise AssertionError("a dense state was loaded into a pruned agent")
+
+    # --- determinism -------------------------------------------------------------------------------------
+
+    def test_program_is_deterministic(self) -> None:
+        trained, _ = _trained(self.make_agent)
+        inputs = trained.calibration_inputs(8, 0)
+        first, second = (_run(trained, inputs) for _ in range(2))
+        assert set(first) == set(second)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert {name for tie in trained.ties for name in tie} <= set(first)
+
+    def test_calibration_inputs_follow_their_arguments(self) -> None:
+        agent = self.make_agent()
+        first, second = agent.calibration_inputs(8, 0), agent.calibration_inputs(8, 0)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert {len(rows) for rows in first.values()} == {8}
+
+    def test_evaluation_is_deterministic_and_finite(self) -> None:
+        trained, _ = _trained(self.make_agent)
+        for split in ("validation", "test"):
+            measured = trained.evaluate(split)
+            assert measured == trained.evaluate(split)
+            assert trained.performance.name in measured
+            assert all(math.isfinite(value) for value in measured.values())
+
+    def test_same_seed_trains_to_the_same_bits(self) -> None:
+        trained, states = _trained(self.make_agent)
+        again = self.make_agent(data=trained.data())
+        torch.manual_seed(12345)  # what happened before does not matter
+        again.train(TRAIN_SEED, None, _silent)
+        assert _equal(again.states(), states)
+
+    def test_tracking_changes_nothing(self) -> None:
+        trained, states = _trained(self.make_agent)
+        tracked = self.make_agent(data=trained.data())
+        graph = _trace(tracked)
+        tracker = ImportanceTracker(graph, tracked.model)
+        model = tracked.model
+        tracked.train(TRAIN_SEED, tracker, _silent)
+        assert tracked.model is model
+        assert _equal(tracked.states(), states)
+        scores = importance.score("taylor", graph, state=states["model"], statistics=tracker.statistics())
+        assert all(bool((scores[name] > 0).any()) for name in graph.widths)
+
+    def test_data_serves_another_agent(self) -> None:
+        trained, states = _trained(self.make_agent)
+        copied = {name: tensor.clone() for name, tensor in trained.data().items()}
+        other = self.make_agent(data=copied)
+        other.load_states(states)
+        assert other.evaluate("test") == trained.evaluate("test")
+        other.fine_tune(other.fine_tune_methods[0], 3, 0, _silent)
+        assert all(torch.equal(copied[name], tensor) for name, tensor in trained.data().items())
+
+    # --- learning and acting -----------------------------------------------------------------------------
+
+    def test_training_beats_the_trivial_agent(self) -> None:
+        trained, _ = _trained(self.make_agent)
+        for split in ("validation", "test"):
+            assert _better(trained, trained.evaluate(split)[trained.performance.name], trained.trivial(split))
+
+    def test_training_starts_from_new_weights(self) -> None:
+        trained, states = _trained(self.make_agent)
+        again = self.make_agent(data=trained.data())
+        again.load_states(states)
+        again.train(TRAIN_SEED, None, _silent)
+        assert _equal(again.states(), states)
+
+    def test_fine_tuning_improves_a_pruned_agent(self) -> None:
+        name = type(self.make_agent()).performance.name
+        pruned, _ = _pruned(self.make_agent, 0)
+        cut, states = pruned.evaluate("validation")[name], pruned.states()
+        for method in pruned.fine_tune_methods:
+            reached = []
+            for _ in range(2):
+                pruned.load_states(states)
+                pruned.fine_tune(method, FINE_TUNE_UPDATES, 0, _silent)
+                reached.append(pruned.evaluate("validation")[name])
+            assert _better(pruned, reached[0], cut)
+            assert reached[0] == reached[1]
+
+    def test_evaluation_measures_act(self) -> None:
+        trained, states = _trained(self.make_agent)
+        agent = self.make_agent(data=trained.data())
+        agent.load_states(states)
+        act = agent.act
+        agent.act = lambda inputs: torch.zeros_like(act(inputs))  # type: ignore[method-assign]
+        name = agent.performance.name
+        assert agent.evaluate("validation")[name] != trained.evaluate("validation")[name], (
+            "evaluate() goes round act(): it measures something else than what is deployed"
+        )
+
+    def test_act_is_batched_and_needs_no_gradients(self) -> None:
+        trained, _ = _trained(self.make_agent)
+        inputs = trained.example_inputs(4)
+        assert len(inputs) == 4
+        assert torch.equal(inputs, trained.example_inputs(4))
+        outputs = trained.act(inputs)
+        assert len(outputs) == 4
+        assert not outputs.requires_grad
+        assert torch.equal(outputs, trained.act(inputs))
+        torch.testing.assert_close(outputs[:1], trained.act(inputs[:1]))
+
+
+# --- parts -----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def _trained(make_agent: MakeAgent) -> tuple[Agent, dict[str, dict[str, Tensor]]]:
+    """A trained agent and its states; trained once per `make_agent`, so no test may change it."""
+    agent = make_agent()
+    agent.train(TRAIN_SEED, None, _silent)
+    return agent, agent.states()
+
+
+def _pruned(make_agent: MakeAgent, seed: int) -> tuple[Agent, DependencyGraph]:
+    """The trained agent with a random choice of channels sliced, every section of its states included."""
+    trained, states = _trained(make_agent)
+    graph = _trace(trained)
+    scores = importance.random(graph, seed)
+    keep = {
+        name: score >= score.topk(max(1, round(KEPT * len(score)))).values.min()
+        for name, score in scores.items()
+    }
+    pruned = make_agent(widths={name: int(mask.sum()) for name, mask in keep.items()}, data=trained.data())
+    pruned.load_states({section: components.prune(graph, state, keep) for section, state in states.items()})
+    return pruned, graph
+
+
+def _trace(agent: Agent) -> DependencyGraph:
+    inputs = agent.calibration_inputs(2, 0)
+    return components.trace(
+        agent.model,
+        lambda model: agent.program(model, inputs),
+        components=agent.components,
+        ties=agent.ties,
+    )
+
+
+def _run(agent: Agent, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return agent.program(agent.model, inputs)
+
+
+def _better(agent: Agent, reached: float, reference: float) -> bool:
+    return reached > reference if agent.performance.direction == "maximize" else reached < reference
+
+
+def _shapes(agent: Agent) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in agent.states()["model"].items()}
+
+
+def _equal(first: Mapping[str, Mapping[str, Tensor]], second: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """The same sections, names and bits."""
+    if {s: set(state) for s, state in first.items()} != {s: set(state) for s, state in second.items()}:
+        return False
+    return all(torch.equal(first[s][name], second[s][name]) for s in first for name in first[s])
+
+
+def _silent(*_: Any) -> None:
+    pass
