@@ -8,7 +8,7 @@ code calls them, because the operand is a view of that parameter's memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.dependency import Consumer, DependencyGraph
+from components.errors import UserError
 from components.gram import Gram, Grams, SplitGram, weight_matrix
 
 MAX_ROWS = 20_000
@@ -49,9 +50,11 @@ class ConsumerCall:
     def rows(self, activation: Tensor) -> Tensor:
         """What the consumer's matrix reads, `(E, n, d)`; at most `MAX_ROWS`, always the same ones."""
         if self.geometry is not None:
-            return self.geometry.patches(activation).unsqueeze(0)
+            patches = self.geometry.patches(activation)
+            return patches.reshape(len(patches), self.consumer.groups, -1).movedim(1, 0)
         stacked = activation.movedim(self.channel_axis, -1)
-        stacked = stacked if stacked.dim() == 3 else stacked.unsqueeze(0)
+        if self.consumer.kind != "batched":
+            stacked = stacked.reshape(1, -1, stacked.shape[-1])
         chosen = _chosen_rows(stacked.shape[1])
         return stacked if chosen is None else stacked[:, chosen]
 
@@ -104,21 +107,17 @@ def _chosen_rows(total: int) -> Tensor | None:
     return torch.randperm(total, generator=torch.Generator().manual_seed(total))[:MAX_ROWS].sort().values
 
 
-class Watcher(TorchDispatchMode):
-    """Hands every consumer's operator calls to a function, which runs the operator.
-
-    Grouped convolutions are left alone: they keep their sliced weights.
-    """
+class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hands every consumer's operator calls to a function, which runs the operator."""
 
     def __init__(
         self, graph: DependencyGraph, model: nn.Module, handle: Callable[[ConsumerCall], Any]
     ) -> None:
-        super().__init__()
-        tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+        super().__init__()  # type: ignore[no-untyped-call]
+        tensors = model.state_dict(keep_vars=True)
         self._consumers = {
             tensors[consumer.weight].data_ptr(): (consumer, tensors[consumer.weight])
             for consumer in graph.consumers
-            if consumer.groups == 1
         }
         self._handle = handle
 
@@ -150,6 +149,7 @@ _OPERANDS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "aten.addmm": ((2, 1, 1), (1, 2, 0)),
     "aten.bmm": ((1, 0, 2), (0, 1, 1)),
     "aten.baddbmm": ((2, 1, 2), (1, 2, 1)),
+    "aten.linear": ((1, 0, -1),),
     "aten.convolution": ((1, 0, 1),),
 }
 
@@ -159,11 +159,14 @@ def _geometry(args: tuple[Any, ...], weight: Tensor) -> Geometry:
     kernel = tuple(weight.shape[2:])
     axes = range(len(kernel))
     stride, padding, dilation, extra = (
-        tuple(value[axis if len(value) > 1 else 0] for axis in axes) for value in (stride, padding, dilation, extra)
+        tuple(value[axis if len(value) > 1 else 0] for axis in axes)
+        for value in (stride, padding, dilation, extra)
     )
     spans = [dilation[a] * (kernel[a] - 1) for a in axes]
     if transposed:
-        output = [(data.shape[2 + a] - 1) * stride[a] - 2 * padding[a] + spans[a] + extra[a] + 1 for a in axes]
+        output = [
+            (data.shape[2 + a] - 1) * stride[a] - 2 * padding[a] + spans[a] + extra[a] + 1 for a in axes
+        ]
     else:
         output = [(data.shape[2 + a] + 2 * padding[a] - spans[a] - 1) // stride[a] + 1 for a in axes]
     return Geometry(transposed, stride, padding, dilation, kernel, tuple(output))
@@ -173,11 +176,13 @@ def _geometry(args: tuple[Any, ...], weight: Tensor) -> Geometry:
 class Recording:
     """The dense model on calibration data, for sequential reconstruction.
 
+    Consumers that read fewer than two rows are left out: nothing can be fitted and checked on those.
+
     Attributes:
-        outputs: per consumer what it made of its rows, `(E, n, out)` without bias, one tensor per call in the
-            program.
+        outputs: per consumer what it made of its rows, `(E, out, n)` without bias, one tensor per call in the
+            program. Outputs come first, so that picking the kept ones is fast.
         coupled: per consumer that reads a coupling group, its whole input, one tensor per call.
-        grams: the second moments of what every consumer reads, over all calls.
+        grams: the second moments of what every consumer reads, over all calls; empty if not asked for.
     """
 
     outputs: Mapping[str, tuple[Tensor, ...]]
@@ -185,13 +190,20 @@ class Recording:
     grams: Grams
 
 
-def record(graph: DependencyGraph, model: nn.Module, program: Program) -> Recording:
+def record(
+    graph: DependencyGraph, model: nn.Module, program: Program, *, with_grams: bool = True
+) -> Recording:
     """Run the dense model on calibration data and keep what reconstruction needs. The model is not changed.
 
     Args:
         graph: from `trace`.
         model: the dense model; it runs in evaluation mode.
-        program: runs everything on the calibration data; the same operators as the traced program.
+        program: runs everything on the calibration data; the same operators as the traced program, and the
+            same calls with the same inputs every time it runs.
+        with_grams: False saves the Gram matrices, which sequential reconstruction does without.
+
+    Raises:
+        UserError: no layer reads two rows or more.
     """
     dense = evaluation_copy(model)
     state = dense.state_dict()
@@ -203,36 +215,61 @@ def record(graph: DependencyGraph, model: nn.Module, program: Program) -> Record
     def handle(call: ConsumerCall) -> Any:
         weight = call.consumer.weight
         rows = call.rows(call.activation)
-        inputs.setdefault(weight, []).append(rows)
-        outputs.setdefault(weight, []).append(rows @ weight_matrix(call.consumer, state[weight]).mT)
+        outputs.setdefault(weight, []).append(weight_matrix(call.consumer, state[weight]) @ rows.mT)
+        if with_grams:
+            inputs.setdefault(weight, []).append(rows)
         if weight in couplings:
             coupled.setdefault(weight, []).append(call.activation.clone())
         return call.run(call.activation)
 
     with torch.no_grad(), Watcher(graph, dense, handle):
         program(dense)
+    enough = [weight for weight, made in outputs.items() if sum(rows.shape[2] for rows in made) > 1]
+    if graph.consumers and not enough:
+        raise UserError(
+            "the calibration program gives no layer two rows or more; give it more calibration data"
+        )
+    grams = {}
+    for weight in enough if with_grams else ():
+        fit, held_out = split_rows(inputs.pop(weight))
+        grams[weight] = SplitGram(Gram.of(fit), Gram.of(held_out))
     return Recording(
-        outputs={weight: tuple(rows) for weight, rows in outputs.items()},
+        outputs={weight: tuple(outputs[weight]) for weight in enough},
         coupled={weight: tuple(tensors) for weight, tensors in coupled.items()},
-        grams=Grams({weight: split_gram(torch.cat(rows, dim=1)) for weight, rows in inputs.items()}),
+        grams=Grams(grams),
     )
 
 
-def split_gram(rows: Tensor) -> SplitGram:
-    """The moments of rows `(E, n, d)`, the last of them held out."""
-    fit = fit_rows(rows.shape[1])
-    return SplitGram(Gram.of(rows[:, :fit]), Gram.of(rows[:, fit:]))
+def split_rows(calls: Sequence[Tensor], axis: int = 1) -> tuple[Tensor, Tensor]:
+    """The rows to fit on and the rows held out, at least one of each.
 
+    The last rows of *every* call are held out: the calls of a rollout see the same samples at different
+    times, so both sides see every time, and no sample is on both.
 
-def fit_rows(total: int) -> int:
-    """How many of the rows are fitted on; at least one row is on either side."""
-    return min(max(1, round(total * (1 - HELD_OUT))), total - 1)
+    Args:
+        calls: one tensor per call of a consumer; together they have two rows or more.
+        axis: of the rows.
+    """
+    if min(rows.shape[axis] for rows in calls) < 2:
+        calls = [torch.cat(list(calls), dim=axis)]
+    fit, held_out = [], []
+    for rows in calls:
+        total = rows.shape[axis]
+        fitted = min(max(1, round(total * (1 - HELD_OUT))), total - 1)
+        fit.append(rows.narrow(axis, 0, fitted))
+        held_out.append(rows.narrow(axis, fitted, total - fitted))
+    if len(calls) == 1:
+        return fit[0], held_out[0]
+    return torch.cat(fit, dim=axis), torch.cat(held_out, dim=axis)
 
 
 def coupled_channels(graph: DependencyGraph) -> dict[str, Tensor]:
-    """Per consumer, which channels of its input belong to coupling groups: their indices on its input axis."""
+    """Per consumer, which channels of its input belong to coupling groups: their indices on its input axis.
+
+    Grouped convolutions are left out: several of their channels share an index.
+    """
     found: dict[str, list[Tensor]] = {}
-    axes = {consumer.weight: consumer.input_axis for consumer in graph.consumers}
+    axes = {consumer.weight: consumer.input_axis for consumer in graph.consumers if consumer.groups == 1}
     for group in graph.groups:
         for member in group.members:
             if group.is_coupling and member.consumes and axes.get(member.parameter) == member.axis:

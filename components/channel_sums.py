@@ -94,6 +94,8 @@ def _sum_once(tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
 
 def _block_sums(reduced: Tensor, indices: list[Tensor]) -> Tensor:
     """`(size,)`: the sum over each channel's block, given its indices `(size, k)` along every axis."""
+    if len(indices) == 1 and indices[0].shape[1] == 1:
+        return reduced.index_select(0, indices[0][:, 0])
     if len(indices) == 1:
         return reduced.index_select(0, indices[0].flatten()).reshape(indices[0].shape).sum(1)
     open_mesh = []

@@ -37,8 +37,8 @@ class Reader:
         Args:
             name: of the weight, for messages.
             matrix: `(E, out, d)`.
-            gram: of the consumer's input.
-            inverse: `(E, d, d)`, from `inverse_gram`.
+            gram: of the consumer's input, for the variance of its output.
+            inverse: `(E, d, d)`, from `inverse_moments`.
             columns: `(n, k)` long: those that each channel of the group owns. All others stay for good.
         """
         if matrix.shape[0] != inverse.shape[0] or matrix.shape[2] != inverse.shape[2]:
@@ -88,19 +88,22 @@ class Reader:
         self.stack = self.stack[:, torch.cat([columns, outputs])][:, :, columns]
 
 
-def inverse_gram(name: str, gram: Gram, ridge: float) -> Tensor:
+def inverse_moments(name: str, gram: Gram, has_bias: bool, ridge: float) -> Tensor:
     """`(G + ridge * mean diagonal * I)^-1`, `(E, d, d)`; the ridge grows until that is positive definite.
+
+    Where a bias can take over the mean of what is removed, G is centred; otherwise the mean counts.
 
     Raises:
         UserError: the Gram matrix is not finite.
     """
-    if not bool(torch.isfinite(gram.gram).all()):
+    moments = gram.gram if has_bias else gram.gram + gram.mean.unsqueeze(2) * gram.mean.unsqueeze(1)
+    if not bool(torch.isfinite(moments).all()):
         raise UserError(f"the Gram matrix of {name!r} is not finite")
-    scale = gram.gram.diagonal(dim1=1, dim2=2).mean(1)  # (E,)
-    scale = torch.where(scale > 0, scale, 1.0)  # an input that never varies
-    eye = torch.eye(gram.gram.shape[-1], dtype=torch.float64, device=gram.gram.device)
+    scale = moments.diagonal(dim1=1, dim2=2).mean(1)  # (E,)
+    scale = torch.where(scale > 0, scale, 1.0)  # an input that is always the same
+    eye = torch.eye(moments.shape[-1], dtype=torch.float64, device=moments.device)
     while True:
-        factor, info = torch.linalg.cholesky_ex(gram.gram + (ridge * scale).reshape(-1, 1, 1) * eye)
+        factor, info = torch.linalg.cholesky_ex(moments + (ridge * scale).reshape(-1, 1, 1) * eye)
         if not bool(info.any()):
             return torch.cholesky_inverse(factor)
         ridge *= 10.0

@@ -38,8 +38,8 @@ class GateReader:
     Attributes:
         consumer: the consumer.
         weight: its parameter.
-        channels: for every group it reads, `(size, k)`: the input features of each channel; None where channel
-            c is feature c and there are no others.
+        channels: for every group it reads, `(size, k)`: the input features of each channel; None where
+            channel c is feature c and there are no others.
     """
 
     consumer: Consumer
@@ -90,7 +90,7 @@ class GateMode(TorchFunctionMode):
         """Run an operator, with its data watched if it is a consumer."""
         kwargs = kwargs or {}
         operator = getattr(func, "__name__", "")
-        if operator in _OPERANDS and torch.is_grad_enabled():
+        if operator in _OPERANDS:
             arguments = {**dict(enumerate(args)), **kwargs}
             left, right = (key if key in arguments else name for key, name in _OPERANDS[operator])
             if self._watch(operator, arguments, left, right):

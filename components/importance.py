@@ -21,7 +21,7 @@ from torch import Tensor
 
 from components.channel_sums import channel_sums, layer_normalised_sums, scored_parameters
 from components.dependency import Consumer, DependencyGraph, Group, Member, Scores
-from components.elimination import Reader, elimination_order, inverse_gram
+from components.elimination import Reader, elimination_order, inverse_moments
 from components.errors import UserError, nearest
 from components.gram import Grams, columns_of, weight_matrix
 
@@ -125,16 +125,17 @@ def fisher(graph: DependencyGraph, statistics: GradientStatistics) -> Scores:
         MissingStatisticsError: the tracker never saw a parameter of the graph.
     """
     squares, weights = (_tracked(graph, statistics, field) for field in ("square", "weight"))
-    return channel_sums(graph, {name: 0.5 * weights[name].square() * squares[name] for name in squares})
+    sums = channel_sums(graph, {name: weights[name].square().mul_(squares[name]) for name in squares})
+    return {name: 0.5 * values for name, values in sums.items()}
 
 
 def bayesian(graph: DependencyGraph, statistics: GradientStatistics) -> Scores:
     """Signal to noise of the weights (Graves, 2011; Blundell et al., 2015), by SWAG's diagonal (1902.02476).
 
-    `score(c) = Σ_{Θ_c} μ² / (Σ_{Θ_c} σ² + ε)`, with μ and σ² the mean and variance of θ_t over the training's
-    tail. Scalars that never received a gradient (those of a dead unit) are left out of both sums: they stand
-    still, but not for being certain. ε is a thousandth of the group's mean Σ σ². Returns `(group.size,)` per
-    group.
+    `score(c) = Σ_{Θ_c} p μ² / (Σ_{Θ_c} p σ² + ε)`, with μ and σ² the mean and variance of θ_t over the
+    training's tail, and p the share of the tail in which the scalar received a gradient: those of a dead unit
+    stand still, but not for being certain, and are left out. ε is a thousandth of the group's mean Σ p σ².
+    Returns `(group.size,)` per group.
 
     Raises:
         MissingStatisticsError: the tracker never saw a parameter of the graph, or tracked one step only.
@@ -144,10 +145,9 @@ def bayesian(graph: DependencyGraph, statistics: GradientStatistics) -> Scores:
             f"metric 'bayesian' needs at least two tracked steps, not {statistics.steps}: train longer or "
             "track more often"
         )
-    means, variances, squares = (_tracked(graph, statistics, f) for f in ("mean", "variance", "square"))
-    moved = {name: square > 0 for name, square in squares.items()}
-    signal = channel_sums(graph, {name: means[name].square() * moved[name] for name in moved})
-    noise = channel_sums(graph, {name: variances[name] * moved[name] for name in moved})
+    means, variances, activity = (_tracked(graph, statistics, f) for f in ("mean", "variance", "activity"))
+    signal = channel_sums(graph, {name: means[name].square() * share for name, share in activity.items()})
+    noise = channel_sums(graph, {name: variances[name] * share for name, share in activity.items()})
     scores = {}
     for name, variance in noise.items():
         floor = VARIANCE_FLOOR * variance.mean() + torch.finfo(variance.dtype).tiny
@@ -189,10 +189,10 @@ def reconstruction(
 
     `cost(c) = Σ_consumers tr(W_B ([G⁻¹]_BB)⁻¹ W_Bᵀ) / tr(W₀ G W₀ᵀ)`
 
-    for the columns B that it owns in a consumer's matrix W, with G the Gram matrix of the consumer's centred
-    input (plus `ridge` times its mean diagonal): the output error over the output's variance. Then
-    `W ← W − W_B ([G⁻¹]_BB)⁻¹ [G⁻¹]_B,:` and G⁻¹ is downdated in the same way. Ranking all channels at once
-    would ignore redundancy: of two equal channels, both look free.
+    for the columns B that it owns in a consumer's matrix W, with G the Gram matrix of the consumer's input
+    (plus `ridge` times its mean diagonal), centred if a bias can take over the mean: the output error over
+    the output's variance. Then `W ← W − W_B ([G⁻¹]_BB)⁻¹ [G⁻¹]_B,:` and G⁻¹ is downdated in the same way.
+    Ranking all channels at once would ignore redundancy: of two equal channels, both look free.
 
     Each group is treated on its own, with all others whole. Computed in float64.
 
@@ -223,7 +223,7 @@ def reconstruction(
                 )
             gram = grams[name].pooled()
             if name not in inverses:
-                inverses[name] = inverse_gram(name, gram, ridge)
+                inverses[name] = inverse_moments(name, gram, consumer.bias is not None, ridge)
             weight = _get(state, name).detach()
             columns = torch.cat([columns_of(consumer, member, weight.shape) for member in members], dim=1)
             matrix = weight_matrix(consumer, weight)

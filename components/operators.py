@@ -49,6 +49,15 @@ def rule(*names: str, view: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
+def keeps_weights(rule: Rule) -> bool:
+    """True where a weight that the operator is given is still a weight; contractions and look-ups use it up."""
+    return rule not in (matmul, add_matmul, add_vector_product, linear, convolution, attention) and rule not in (
+        embedding,
+        index_along,
+        index,
+    )
+
+
 def pinned(size: int) -> Ids:
     """The ids of an axis that loses nothing."""
     return np.full(size, PINNED, dtype=np.int64)
@@ -87,7 +96,17 @@ def broadcast(tracer: Tracer, tags: Sequence[Tag], shape: Sequence[int]) -> tupl
 
 
 @rule("copy_", "copy", "_to_copy", "clone", "contiguous", "_prelu_kernel", "native_dropout", "masked_fill")
-@rule("masked_fill_", "bernoulli_", "bernoulli", "uniform_", "normal_", "random_", "exponential_", "fill_", "zero_")
+@rule(
+    "masked_fill_",
+    "bernoulli_",
+    "bernoulli",
+    "uniform_",
+    "normal_",
+    "random_",
+    "exponential_",
+    "fill_",
+    "zero_",
+)
 @rule("fill", "rrelu_with_noise", "nan_to_num", "lerp", "_assert_async", "dropout")
 def pointwise(tracer: Tracer, call: Call) -> Tag | list[Tag | None]:
     """Every output element depends on the input elements of the same (broadcast) place alone.
@@ -96,12 +115,10 @@ def pointwise(tracer: Tracer, call: Call) -> Tag | list[Tag | None]:
     """
     output = call.outputs[0]
     tags = [tracer.tag(tensor) for tensor in call.tensors()]
-    if isinstance(output, list | tuple):  # torch._foreach_*
-        raise NotImplementedError(call.name)
     ids = broadcast(tracer, tags, output.shape)
     if call.name in ("aten.add", "aten.add_"):
         _note_bias(tracer, call, tags)
-    if call.name == "aten.mul" and call["other"] == 1 and not isinstance(call["other"], Tensor):
+    if call.name == "aten.mul" and not isinstance(call["other"], Tensor) and call["other"] == 1:
         return tags[0]  # vmap scales a bias by one; it is still that bias
     return [Tag(ids) if isinstance(out, Tensor) else None for out in call.outputs]
 
@@ -122,8 +139,18 @@ def _note_bias(tracer: Tracer, call: Call, tags: Sequence[Tag]) -> None:
         on_output_axis = len(added.ids[-1]) == expected[-1] and len(product.ids[-1]) == expected[-1]
         if bias == [size for size in expected if size > 1] and on_output_axis:
             tracer.add_consumer(
-                Consumer(consumer.weight, consumer.kind, consumer.input_axis, consumer.output_axis, added.parameter)
+                Consumer(
+                    consumer.weight, consumer.kind, consumer.input_axis, consumer.output_axis, added.parameter
+                )
             )
+
+
+@rule("_weight_norm_interface")
+def weight_norm(tracer: Tracer, call: Call) -> list[Tag | None]:
+    """Direction times length; the norm is that of the kept entries, as it does not see zeros."""
+    direction, length = tracer.tag(call["v"]), tracer.tag(call["g"])
+    ids = broadcast(tracer, [direction, length], call.outputs[0].shape)
+    return [Tag(ids), length.plain()]
 
 
 @rule("glu")
@@ -139,14 +166,19 @@ def glu(tracer: Tracer, call: Call) -> Tag:
 # --- contractions ----------------------------------------------------------------------------------------
 
 
-def contract(tracer: Tracer, left: Tag, right: Tag, batched: bool = False) -> tuple[tuple[Ids, ...], int | None]:
+def contract(
+    tracer: Tracer, left: Tag, right: Tag, batched: bool = False
+) -> tuple[tuple[Ids, ...], int | None]:
     """`left @ right` for matrices (or stacks of them): the shared axis meets, the others stay.
 
     Returns the ids of the product and the index of the consumer, where one operand is a parameter.
     """
     tracer.join(left.ids[-1], right.ids[-2])
+    tracer.read(left.ids[-1])
     tracer.consume(left, -1)
     tracer.consume(right, -2)
+    tracer.carry(left, -2)
+    tracer.carry(right, -1)
     batch: tuple[Ids, ...] = ()
     if batched:
         tracer.join(left.ids[0], right.ids[0])
@@ -182,7 +214,9 @@ def _with_bias(tracer: Tracer, consumer: int | None, bias: Tag | None) -> None:
     if consumer is None or bias is None or bias.parameter is None:
         return
     known = tracer.consumers[consumer]
-    tracer.add_consumer(Consumer(known.weight, known.kind, known.input_axis, known.output_axis, bias.parameter))
+    tracer.add_consumer(
+        Consumer(known.weight, known.kind, known.input_axis, known.output_axis, bias.parameter)
+    )
 
 
 @rule("mm", "bmm", "mv", "dot", "vdot")
@@ -199,7 +233,10 @@ def matmul(tracer: Tracer, call: Call) -> Tag:
 
 def _vector_product(tracer: Tracer, left: Tag, right: Tag) -> tuple[Ids, ...]:
     tracer.join(left.ids[-1], right.ids[0])
+    tracer.read(left.ids[-1])
     tracer.consume(left, -1)
+    tracer.consume(right, 0)
+    tracer.carry(left, 0)
     return left.ids[:-1]
 
 
@@ -228,7 +265,9 @@ def linear(tracer: Tracer, call: Call) -> Tag:
     """`input @ weight.T + bias` in one operator, as inference mode and some back ends run it."""
     data, weight = tracer.tag(call["input"]), tracer.tag(call["weight"])
     tracer.join(data.ids[-1], weight.ids[1])
+    tracer.read(data.ids[-1])
     tracer.consume(weight, 1)
+    tracer.carry(weight, 0)
     consumer = _consumer(tracer, weight, 1, 0, batched=False) if weight.parameter is not None else None
     if call["bias"] is not None:
         bias = tracer.tag(call["bias"])
@@ -248,6 +287,7 @@ def convolution(tracer: Tracer, call: Call) -> Tag:
     data, weight = tracer.tag(call["input"]), tracer.tag(call["weight"])
     groups, transposed = int(call["groups"] or 1), bool(call["transposed"])
     inputs, batch = data.ids[1], data.ids[0]
+    tracer.read(inputs)
     for ids in (*data.ids[2:], *weight.ids[2:]):
         tracer.pin(ids)
     input_axis, output_axis = (0, 1) if transposed else (1, 0)
@@ -255,6 +295,7 @@ def convolution(tracer: Tracer, call: Call) -> Tag:
         tracer.join(inputs, weight.ids[input_axis])
         outputs = weight.ids[output_axis]
         tracer.consume(weight, input_axis)
+        tracer.carry(weight, output_axis)
     else:
         outputs = _grouped(tracer, inputs, weight, groups, transposed)
     bias = tracer.tag(call["bias"]) if call["bias"] is not None else None
@@ -324,7 +365,9 @@ def attention(tracer: Tracer, call: Call) -> list[Tag | None]:
     if mask is not None:
         for ids in tracer.tag(mask).ids:
             tracer.pin(ids)
-    rest: list[Tag | None] = [all_pinned(out) if isinstance(out, Tensor) else None for out in call.outputs[1:]]
+    rest: list[Tag | None] = [
+        all_pinned(out) if isinstance(out, Tensor) else None for out in call.outputs[1:]
+    ]
     return [Tag((*query.ids[:-1], value.ids[-1])), *rest]
 
 
@@ -348,7 +391,9 @@ def _leading(tag: Tag, output: Any) -> Tag | None:
     """Statistics keep the leading axes of their input; their other axes have size 1."""
     if not isinstance(output, Tensor):
         return None
-    return Tag(tuple(ids if len(ids) == n else pinned(n) for ids, n in zip(tag.ids, output.shape, strict=False)))
+    return Tag(
+        tuple(ids if len(ids) == n else pinned(n) for ids, n in zip(tag.ids, output.shape, strict=False))
+    )
 
 
 @rule(
@@ -393,7 +438,8 @@ def group_norm(tracer: Tracer, call: Call) -> list[Tag | None]:
         for row in by_group[1:]:
             tracer.join(by_group[0], row)
     statistics: list[Tag | None] = [
-        Tag((data.ids[0], pinned(out.shape[1]))) if isinstance(out, Tensor) else None for out in call.outputs[1:]
+        Tag((data.ids[0], pinned(out.shape[1]))) if isinstance(out, Tensor) else None
+        for out in call.outputs[1:]
     ]
     return [data.plain(), *statistics]
 
@@ -401,10 +447,24 @@ def group_norm(tracer: Tracer, call: Call) -> list[Tag | None]:
 # --- reductions ------------------------------------------------------------------------------------------
 
 
-@rule("sum", "linalg_vector_norm", "norm", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "prod")
-@rule("any", "all", "max", "min", "argmax", "argmin", "logsumexp", "median", "cumsum", "cumprod", "topk", "sort")
-@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "logcumsumexp", "cummax", "cummin", "mode", "argsort")
-def along_axis(tracer: Tracer, call: Call) -> Tag | list[Tag | None]:
+@rule(
+    "sum", "linalg_vector_norm", "norm", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "prod"
+)
+@rule(
+    "any", "all", "max", "min", "argmax", "argmin", "logsumexp", "median", "cumsum", "cumprod", "topk", "sort"
+)
+@rule(
+    "_softmax",
+    "_log_softmax",
+    "softmax",
+    "log_softmax",
+    "logcumsumexp",
+    "cummax",
+    "cummin",
+    "mode",
+    "argsort",
+)
+def along_axis(tracer: Tracer, call: Call) -> Tag | Sequence[Tag | None]:
     """Operators along one or more axes.
 
     A sum, or a norm of order above 0, does not see a channel that is zero, so its axis may lose channels.
@@ -422,8 +482,10 @@ def along_axis(tracer: Tracer, call: Call) -> Tag | list[Tag | None]:
     ignores_zeros = call.name == "aten.sum" or (
         call.name in ("aten.linalg_vector_norm", "aten.norm") and (order is None or order > 0)
     )
-    if not ignores_zeros:
-        for axis in axes:
+    for axis in axes:
+        if ignores_zeros:
+            tracer.read(tag.ids[axis])
+        else:
             tracer.pin(tag.ids[axis])
     return [_reduced(tag, axes, output) for output in call.outputs]
 
@@ -444,7 +506,7 @@ def _reduced(tag: Tag, axes: set[int], output: Any) -> Tag | None:
 
 @rule("_local_scalar_dense", "item", "is_nonzero", "equal")
 def read_value(tracer: Tracer, call: Call) -> list[Tag | None]:
-    """Python sees the value and may decide by it: nothing that leads to it may be removed."""
+    """Python sees the value and may decide by it, so its own axes stay. The branch it takes is all we see."""
     for tensor in call.tensors():
         for ids in tracer.tag(tensor).ids:
             tracer.pin(ids)
@@ -456,7 +518,13 @@ def read_value(tracer: Tracer, call: Call) -> list[Tag | None]:
 _SPATIAL = {"1d": 1, "2d": 2, "3d": 3, "linear": 1, "bilinear": 2, "trilinear": 3, "bicubic": 2}
 
 
-@rule(*(f"{kind}_pool{n}d" for kind in ("avg", "_adaptive_avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)))
+@rule(
+    *(
+        f"{kind}_pool{n}d"
+        for kind in ("avg", "_adaptive_avg", "adaptive_avg", "adaptive_max")
+        for n in (1, 2, 3)
+    )
+)
 @rule(*(f"max_pool{n}d_with_indices" for n in (1, 2, 3)), "max_pool1d", "max_pool2d", "max_pool3d")
 @rule(*(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)))
 @rule(*(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "trilinear3d")))
@@ -474,7 +542,9 @@ def spatial(tracer: Tracer, call: Call) -> list[Tag | None]:
         for ids in tracer.tag(tensor).ids:
             tracer.pin(ids)
     return [
-        Tag((*data.ids[:first], *(pinned(size) for size in output.shape[first:]))) if isinstance(output, Tensor) else None
+        Tag((*data.ids[:first], *(pinned(size) for size in output.shape[first:])))
+        if isinstance(output, Tensor)
+        else None
         for output in call.outputs
     ]
 
@@ -532,9 +602,8 @@ def stack(tracer: Tracer, call: Call) -> Tag:
         for ids, own in zip(tags[0].ids, tag.ids, strict=True):
             tracer.join(ids, own)
     axis = axis_of(call["dim"], len(tags[0].ids) + 1)
-    ids = list(tags[0].ids)
-    ids.insert(axis, pinned(len(tags)))
-    return Tag(tuple(ids))
+    joined = tags[0].ids
+    return Tag((*joined[:axis], pinned(len(tags)), *joined[axis:]))
 
 
 def _replaced(ids: Sequence[Ids], axis: int, new: Ids) -> tuple[Ids, ...]:
@@ -572,18 +641,28 @@ def split_with_sizes(tracer: Tracer, call: Call) -> list[Tag]:
     """Parts of stated sizes are widths of their own."""
     tag = tracer.tag(call["self"])
     axis = axis_of(call["dim"] or 0, len(tag.ids))
-    return [_part(tag, axis, p) for p in np.split(tag.ids[axis], np.cumsum(call["split_sizes"])[:-1])]
+    parts = np.split(tag.ids[axis], np.cumsum(call["split_sizes"])[:-1])
+    for part in parts:
+        tracer.divide(part)
+    return [_part(tag, axis, part) for part in parts]
 
 
 @rule("slice", view=True)
 def slice_axis(tracer: Tracer, call: Call) -> Tag:
-    """A run of channels keeps its ids; with a stride the places count, so the axis stays."""
+    """A run of channels is a width of its own, and so is what lies before and behind it.
+
+    With a stride the places count, so the axis stays; so it does for one place that is counted from the front.
+    """
     tag = tracer.tag(call["self"])
     axis = axis_of(call["dim"] or 0, len(tag.ids))
-    step = call["step"] or 1
-    if step != 1:
-        tracer.pin(tag.ids[axis])
-    return _part(tag, axis, tag.ids[axis][slice(call["start"], call["end"], step)])
+    whole = tag.ids[axis]
+    start, end, step = slice(call["start"], call["end"], call["step"]).indices(len(whole))
+    if step != 1 or (end - start == 1 and start > 0 and call["start"] > 0):
+        tracer.pin(whole)
+    elif end - start < len(whole):
+        for part in (whole[:start], whole[start:end], whole[end:]):
+            tracer.divide(part)
+    return _part(tag, axis, whole[start:end:step])
 
 
 @rule("select", view=True)
@@ -637,7 +716,9 @@ def index(tracer: Tracer, call: Call) -> Tag:
     return all_pinned(call.outputs[0])
 
 
-@rule("index_put_", "index_put", "scatter_", "scatter", "scatter_add", "scatter_add_", "index_add", "index_copy")
+@rule(
+    "index_put_", "index_put", "scatter_", "scatter", "scatter_add", "scatter_add_", "index_add", "index_copy"
+)
 @rule("index_copy_", "index_add_", "slice_scatter", "select_scatter", "masked_select", "masked_scatter")
 def pin_all(tracer: Tracer, call: Call) -> list[Tag | None]:
     """Places by number in ways that no group can follow: everything stays."""
@@ -650,10 +731,24 @@ def pin_all(tracer: Tracer, call: Call) -> list[Tag | None]:
 # --- views -----------------------------------------------------------------------------------------------
 
 
-@rule("detach", "alias", "lift_fresh", "lift_fresh_copy", "lift", "view_as_real", view=True)
+@rule("detach", "alias", "lift_fresh", "lift_fresh_copy", "lift", "conj", "_conj", view=True)
 def same(tracer: Tracer, call: Call) -> Tag:
     """The same tensor under another name."""
     return tracer.tag(next(call.tensors()))
+
+
+@rule("view_as_real", view=True)
+def as_real(tracer: Tracer, call: Call) -> Tag:
+    """A last axis for the real and the imaginary part, which stays."""
+    return Tag((*tracer.tag(call["self"]).ids, pinned(2)))
+
+
+@rule("view_as_complex", view=True)
+def as_complex(tracer: Tracer, call: Call) -> Tag:
+    """The last axis was real and imaginary part."""
+    tag = tracer.tag(call["self"])
+    tracer.pin(tag.ids[-1])
+    return Tag(tag.ids[:-1])
 
 
 def _permuted(tag: Tag, order: Sequence[int]) -> Tag:
@@ -693,16 +788,37 @@ def movedim(tracer: Tracer, call: Call) -> Tag:
     return _permuted(tag, order)
 
 
-@rule("unsqueeze", "squeeze", "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", view=True)
+@rule(
+    "unsqueeze",
+    "squeeze",
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "flatten",
+    "unflatten",
+    view=True,
+)
 @rule("unsqueeze_", "squeeze_", view=True)
 def reshape(tracer: Tracer, call: Call) -> Tag:
     """Axes are merged and split; see `reshape_ids`. Axes of size 1 come and go freely."""
     tag, shape = tracer.tag(call["self"]), call.outputs[0].shape
-    ids = reshape_ids(tracer, tag.ids, shape)
+    if call["dtype"] is not None and prod(shape) != prod(len(own) for own in tag.ids):
+        tracer.pin(tag.ids[-1])
+        return Tag((*tag.ids[:-1], pinned(shape[-1])))
+    merges = call.name in (
+        "aten.view",
+        "aten._unsafe_view",
+        "aten.reshape",
+        "aten._reshape_alias",
+        "aten.unflatten",
+    )
+    ids = reshape_ids(tracer, tag.ids, shape, tracer.flexible_axis if merges else None)
     before = [axis for axis, own in enumerate(tag.ids) if len(own) != 1]
     after = [axis for axis, size in enumerate(shape) if size != 1]
     if [len(tag.ids[axis]) for axis in before] != [shape[axis] for axis in after]:
-        return Tag(ids)
+        same_last = bool(shape and tag.ids) and shape[-1] == len(tag.ids[-1])
+        return Tag(ids, result_of=tag.result_of if same_last else None)
     axes: list[int | None] = [None] * len(shape)
     for old, new in zip(before, after, strict=True):
         axes[new] = tag.axes[old] if tag.parameter is not None else None
@@ -714,16 +830,26 @@ def reshape(tracer: Tracer, call: Call) -> Tag:
     return Tag(ids, tag.parameter, tuple(axes) if tag.parameter is not None else (), tag.result_of)
 
 
-def reshape_ids(tracer: Tracer, ids: Sequence[Ids], shape: Sequence[int]) -> tuple[Ids, ...]:
+def reshape_ids(
+    tracer: Tracer, ids: Sequence[Ids], shape: Sequence[int], flexible: int | None = None
+) -> tuple[Ids, ...]:
     """Carry ids through a reshape.
 
     Runs of axes with equal products are handled one by one. Merging axes repeats the ids of the one that
     can lose channels (convolution -> flatten: each channel owns its positions); the others are pinned.
-    Splitting an axis gives the ids to the axis along which alone they vary, else to the outermost one, and
-    joins the block behind each of its places (linear -> view -> convolution; SimNorm; attention heads).
+    Splitting an axis gives the ids to the one that the program leaves open (`flexible`, the `-1` of a view),
+    else to the axis along which alone they vary, else to the outermost one, and joins everything at each of
+    its places (linear -> view -> convolution; SimNorm; attention heads).
     """
+    if not prod(shape):  # nothing in it
+        for own in ids:
+            tracer.pin(own)
+        return tuple(pinned(size) for size in shape)
     old = [own for own in ids if len(own) != 1]
     new = [size for size in shape if size != 1]
+    open_axis = None
+    if flexible is not None and flexible < len(shape) and shape[flexible] != 1:
+        open_axis = sum(size != 1 for size in shape[:flexible])
     result: list[Ids] = []
     i = j = 0
     while i < len(old) and j < len(new):
@@ -735,12 +861,13 @@ def reshape_ids(tracer: Tracer, ids: Sequence[Ids], shape: Sequence[int]) -> tup
                 left, i = left * len(old[i]), i + 1
             else:
                 right, j = right * new[j], j + 1
-        result.extend(_reshape_run(tracer, old[first_i:i], new[first_j:j]))
+        within = open_axis - first_j if open_axis is not None and first_j <= open_axis < j else None
+        result.extend(_reshape_run(tracer, old[first_i:i], new[first_j:j], within))
     iterator = iter(result)
     return tuple(pinned(1) if size == 1 else next(iterator) for size in shape)
 
 
-def _reshape_run(tracer: Tracer, ids: Sequence[Ids], shape: Sequence[int]) -> list[Ids]:
+def _reshape_run(tracer: Tracer, ids: Sequence[Ids], shape: Sequence[int], flexible: int | None) -> list[Ids]:
     if len(ids) == 1 and len(shape) == 1:
         return [ids[0]]
     free = [axis for axis, own in enumerate(ids) if tracer.is_free(own)]
@@ -756,18 +883,20 @@ def _reshape_run(tracer: Tracer, ids: Sequence[Ids], shape: Sequence[int]) -> li
     if len(shape) == 1:
         return [flat]
     grid = flat.reshape(shape)
-    roots = tracer.roots(grid)
-    for axis in range(len(shape)):
-        rows = np.moveaxis(roots, axis, 0).reshape(shape[axis], -1)
-        if (rows == rows[:, :1]).all():
-            chosen = axis
-            break
-    else:
-        chosen = 0
+    chosen = _axis_of_variation(tracer.roots(grid)) if flexible is None else flexible
     rows = np.moveaxis(grid, chosen, 0).reshape(shape[chosen], -1)
     for column in rows.T[1:]:
         tracer.join(rows[:, 0], column)
     return [rows[:, 0] if axis == chosen else pinned(size) for axis, size in enumerate(shape)]
+
+
+def _axis_of_variation(roots: Ids) -> int:
+    """The first axis along which alone the roots differ; the outermost where there is none."""
+    for axis, size in enumerate(roots.shape):
+        rows = np.moveaxis(roots, axis, 0).reshape(size, -1)
+        if (rows == rows[:, :1]).all():
+            return axis
+    return 0
 
 
 @rule("expand", "expand_copy", "broadcast_to", view=True)
@@ -799,7 +928,18 @@ def repeat(tracer: Tracer, call: Call) -> Tag:
 # --- new tensors -----------------------------------------------------------------------------------------
 
 
-@rule("zeros", "ones", "full", "empty", "empty_strided", "new_zeros", "new_ones", "new_full", "new_empty", "randn")
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "empty_strided",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "randn",
+)
 @rule("new_empty_strided", "rand", "scalar_tensor")
 def constant(tracer: Tracer, call: Call) -> Tag:
     """Alike (or independent noise) at every place, so any places may go: new ids."""

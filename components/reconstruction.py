@@ -2,12 +2,13 @@
 
 Cutting channels breaks the layers that read them. Each is refitted to what the dense model made there, on
 calibration data, by ridge regression *towards the sliced weights*, so that nothing changes where nothing is
-lost. With x the kept (centred) inputs, y the (centred) dense outputs, and C = E[x x'], D = E[y x']:
+lost. With x the kept inputs, r = y - W_K x what the sliced weights miss of the dense outputs y, and both
+centred, C = E[x x'] and D = E[r x']:
 
-    W' = W_K + (D - W_K C) (C + lambda * mean(diag C) * I)^-1        b' = b + mean(y) - W' mean(x)
+    W' = W_K + D (C + lambda * mean(diag C) * I)^-1        b' = b + mean(r) - (W' - W_K) mean(x)
 
-With dense inputs, y = W x and this is `W_K + W_R G_RK (G_KK + ...)^-1` of the Gram matrix G. Lambda is chosen
-per layer on held-out rows, and a layer whose sliced weights do better there keeps them.
+With dense inputs, r = W_R x_R and D = W_R G_RK, of the Gram matrix G. Lambda is chosen per layer on held-out
+rows, and a layer whose sliced weights do better there keeps them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from components.calibration import (
     Watcher,
     coupled_channels,
     evaluation_copy,
-    fit_rows,
+    split_rows,
 )
 from components.dependency import Consumer, DependencyGraph, Keep
 from components.errors import UserError, nearest
@@ -38,6 +39,9 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 RIDGES = (1e-3, 1e-2, 1e-1)
 """The candidates for lambda, in units of the mean diagonal of the inputs' Gram matrix."""
+
+ROUNDING = 1e-14
+"""A variance below this share of the squared mean is rounding: such inputs count as constant."""
 
 
 def reconstruct(
@@ -53,6 +57,9 @@ def reconstruct(
 ) -> dict[str, Tensor]:
     """The pruned model's state with the readers of pruned channels refitted. Nothing passed in is modified.
 
+    Grouped convolutions, weights that are used in several ways and layers that the calibration data never
+    reach keep their sliced weights.
+
     Args:
         graph: of the dense model.
         dense_state: the dense model's state.
@@ -61,86 +68,86 @@ def reconstruct(
         method: `none` returns the sliced state. `gram` refits every consumer on the dense model's inputs,
             from their Gram matrices, without any pass over data; needs `grams`. `sequential` runs the pruned
             model on the calibration data and refits in the order of the computation: targets from the dense
-            model, inputs from what is already repaired; channels of coupling groups are read from the dense
-            model, as their own component has yet to be repaired towards them; needs `recording` and `program`.
+            model, inputs from what is already repaired; channels of coupling groups are read as the dense
+            model makes them, as every component is repaired on its own; needs `recording` and `program`.
         grams: from `Recording.grams`.
         recording: from `components.calibration.record` of the dense model with the same program.
-        program: runs everything on the calibration data.
+        program: runs everything on the calibration data, as it did for the recording.
 
     Raises:
-        UserError: an unknown method, or one whose data is missing.
+        UserError: an unknown method, one whose data is missing, or a model, Gram matrices or a recording that
+            do not fit the graph and the masks.
     """
-    state = {name: tensor.detach().clone() for name, tensor in pruned_model.state_dict().items()}
     if method not in METHODS:
         raise UserError(f"unknown reconstruction {method!r}; {nearest(method, METHODS)}")
     indices = kept_indices(graph, keep)
-    if method == "none" or not indices:
-        return state
-    if method == "gram":
+    _check_shapes(graph, pruned_model.state_dict(), indices)
+    if method == "sequential" and indices:
+        if recording is None or program is None:
+            raise UserError(
+                "reconstruction 'sequential' needs the recording of the base and the program to run"
+            )
+        return _Sequence(graph, indices, recording, pruned_model).run(program)
+    state = _copied(pruned_model)
+    if method == "gram" and indices:
         if grams is None:
             raise UserError("reconstruction 'gram' needs the Gram matrices of the base")
         for consumer in graph.consumers:
-            if consumer.weight in grams and _lost(indices, consumer.weight, consumer.input_axis):
-                moments = _dense_moments(graph, consumer, grams, dense_state, indices)
-                _refit(consumer, state, moments)
-        return state
-    if recording is None or program is None:
-        raise UserError("reconstruction 'sequential' needs the recording of the base and the program to run")
-    return _Sequence(graph, indices, recording, pruned_model).run(program)
+            if consumer.weight in grams and _is_disturbed(indices, consumer):
+                fit, held_out = _dense_moments(graph, consumer, grams, dense_state, indices)
+                _refit(consumer, state, fit, held_out)
+        for alias, name in (graph.aliases or {}).items():
+            state[alias] = state[name].clone()
+    return state
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Second moments of inputs and targets, centred: all that least squares needs.
+    """What least squares needs of the kept inputs x and of what is missing, r; float64.
 
     Attributes:
-        xx: `(E, k, k)` inputs with inputs.
-        xy: `(E, out, k)` targets with inputs.
-        yy: `(E,)` squared targets, summed over the outputs.
-        x: `(E, k)` mean input. y: `(E, out)` mean target.
+        xx: `(E, k, k)` centred inputs with inputs.
+        rx: `(E, out, k)` what is missing with centred inputs.
+        x: `(E, k)` mean input.
+        r: `(E, out)` mean of what is missing.
     """
 
     xx: Tensor
-    xy: Tensor
-    yy: Tensor
+    rx: Tensor
     x: Tensor
-    y: Tensor
+    r: Tensor
 
     @classmethod
-    def of(cls, inputs: Tensor, targets: Tensor) -> Moments:
-        """From rows `(E, n, k)` and `(E, n, out)`."""
-        inputs, targets = inputs.double(), targets.double()
-        x, y = inputs.mean(1), targets.mean(1)
-        inputs, targets = inputs - x.unsqueeze(1), targets - y.unsqueeze(1)
+    def of(cls, inputs: Tensor, missing: Tensor) -> Moments:
+        """From `(E, n, k)` and `(E, out, n)`, n rows each, multiplied in their own precision."""
         rows = inputs.shape[1]
-        return cls(inputs.mT @ inputs / rows, targets.mT @ inputs / rows, targets.square().sum((1, 2)) / rows, x, y)
-
-    def about(self, x: Tensor, y: Tensor) -> Moments:
-        """The same moments about another centre."""
-        dx, dy = self.x - x, self.y - y
-        return Moments(
-            self.xx + dx.unsqueeze(2) * dx.unsqueeze(1),
-            self.xy + dy.unsqueeze(2) * dx.unsqueeze(1),
-            self.yy + dy.square().sum(1),
-            x,
-            y,
+        x = inputs.mean(1, dtype=torch.float64)
+        centred = inputs - x.to(inputs.dtype).unsqueeze(1)
+        return cls(
+            xx=(centred.mT @ centred).double() / rows,
+            rx=(missing @ centred).double() / rows,
+            x=x,
+            r=missing.mean(2, dtype=torch.float64),
         )
 
     def uncentred(self) -> Moments:
         """The moments about zero, for a layer without a bias."""
-        return self.about(torch.zeros_like(self.x), torch.zeros_like(self.y))
+        return Moments(
+            xx=self.xx + self.x.unsqueeze(2) * self.x.unsqueeze(1),
+            rx=self.rx + self.r.unsqueeze(2) * self.x.unsqueeze(1),
+            x=torch.zeros_like(self.x),
+            r=torch.zeros_like(self.r),
+        )
 
-    def error(self, matrix: Tensor) -> Tensor:
-        """Mean squared error, summed over outputs, of `y = matrix @ x` about this centre: `(E,)`."""
-        return self.yy - 2 * (self.xy * matrix).sum((1, 2)) + ((matrix @ self.xx) * matrix).sum((1, 2))
+    def error(self, change: Tensor, shift: Tensor) -> Tensor:
+        """How much of r is still missing after adding `change @ x + shift` to what the sliced weights make.
 
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Moments on the rows to fit on and on the rows held out."""
-
-    fit: Moments
-    held_out: Moments
+        Returns:
+            The squared error, the mean over rows and the sum over outputs, less the variance of r, which no
+            choice of change and shift alters: `()`.
+        """
+        offset = self.r - shift - (change @ self.x.unsqueeze(2)).squeeze(2)  # (E, out)
+        return ((change @ self.xx - 2 * self.rx) * change).sum() + offset.square().sum()
 
 
 def _dense_moments(
@@ -149,63 +156,77 @@ def _dense_moments(
     grams: Grams,
     dense_state: Mapping[str, Tensor],
     indices: KeptIndices,
-) -> Split:
-    """The moments of the kept dense inputs with the dense outputs, from Gram matrices alone."""
-    weight = dense_state[consumer.weight].detach().cpu()
-    matrix = weight_matrix(consumer, weight).double()  # (E, out, d)
-    kept_inputs = _kept(indices, consumer.weight, consumer.input_axis, weight.shape[consumer.input_axis])
-    columns = _columns(consumer, kept_inputs, weight.shape)
-    kept_outputs = _kept(indices, consumer.weight, consumer.output_axis, weight.shape[consumer.output_axis])
-    stack = _kept(indices, consumer.weight, 0, weight.shape[0]) if consumer.kind == "batched" else torch.arange(1)
-    matrix = matrix[stack][:, kept_outputs]
+) -> tuple[Moments, Moments]:
+    """The moments of the kept dense inputs with what the removed ones made, from Gram matrices alone."""
+    name = consumer.weight
+    weight = dense_state[name].detach()
+    kept, removed = (
+        _columns(consumer, channels, weight.shape).to(weight.device)
+        for channels in _kept_and_removed(
+            indices[name][consumer.input_axis], graph.shapes[name][consumer.input_axis]
+        )
+    )
+    matrix = _of_kept_outputs(indices, consumer, weight_matrix(consumer, weight))
+    matrix = matrix[:, :, removed].double()  # (E, out, removed)
 
     def moments(gram: Gram) -> Moments:
-        second, mean = gram.gram[stack], gram.mean[stack]
-        xy = matrix @ second[:, :, columns]
-        yy = ((matrix @ second) * matrix).sum((1, 2))
-        y = (matrix @ mean.unsqueeze(2)).squeeze(2)
-        return Moments(second[:, columns][:, :, columns], xy, yy, mean[:, columns], y)
+        second, mean = gram.gram.to(weight.device), gram.mean.to(weight.device)
+        if consumer.kind == "batched" and indices[name][0] is not None:
+            second, mean = second[indices[name][0]], mean[indices[name][0]]
+        second = second[:, :, kept]  # (E, d, k)
+        return Moments(
+            xx=second[:, kept],
+            rx=matrix @ second[:, removed],
+            x=mean[:, kept],
+            r=(matrix @ mean[:, removed].unsqueeze(2)).squeeze(2),
+        )
 
-    split = grams[consumer.weight]
-    return Split(moments(split.fit), moments(split.held_out))
+    split = grams[name]
+    if split.fit.mean.shape[1] != len(kept) + len(removed):
+        raise UserError(
+            f"the Gram matrix of {name!r} is of {split.fit.mean.shape[1]} inputs, which does not fit its "
+            f"weight of shape {tuple(weight.shape)}"
+        )
+    return moments(split.fit), moments(split.held_out)
 
 
-def _refit(consumer: Consumer, state: dict[str, Tensor], split: Split) -> bool:
-    """Refit one consumer in `state`, in place; False where its sliced weights do better on held-out rows."""
+def _refit(consumer: Consumer, state: Mapping[str, Tensor], fit: Moments, held_out: Moments) -> None:
+    """Refit one consumer in `state`, in place, unless its sliced weights do better on held-out rows."""
     weight = state[consumer.weight]
-    bias = None if consumer.bias is None else state[consumer.bias]
-    sliced = weight_matrix(consumer, weight).double().cpu()
-    fit, held_out = (split.fit, split.held_out) if bias is not None else (split.fit.uncentred(), split.held_out.uncentred())
-    centred = held_out.about(fit.x, fit.y)
-    best, least = sliced, split.held_out.uncentred().error(sliced).sum()
-    scale = fit.xx.diagonal(dim1=1, dim2=2).mean(1)
-    if not bool((scale > 0).all()):
-        return False  # the kept inputs never vary: there is nothing to fit with
-    residual = fit.xy - sliced @ fit.xx
+    if consumer.bias is None:
+        fit = fit.uncentred()
+    if not bool(torch.isfinite(fit.xx.sum() + fit.rx.sum())):
+        return
+    best, best_shift, least = None, fit.r, held_out.r.square().sum()
+    variance = fit.xx.diagonal(dim1=1, dim2=2).mean(1)  # (E,)
+    scale = torch.maximum(variance, ROUNDING * fit.x.square().mean(1))
     for ridge in RIDGES:
-        candidate = sliced + _solve(fit.xx, ridge * scale, residual)
-        error = centred.error(candidate).sum()
+        change = _solve(fit.xx, ridge * scale, fit.rx)  # (E, out, k)
+        shift = fit.r - (change @ fit.x.unsqueeze(2)).squeeze(2)  # (E, out)
+        error = held_out.error(change, shift)
         if error < least:
-            best, least = candidate, error
-    if best is sliced:
-        return False
-    weight.copy_(from_weight_matrix(consumer, best, weight.shape).to(weight))
-    if bias is not None:
-        shift = fit.y - (best @ fit.x.unsqueeze(2)).squeeze(2)  # (E, out)
-        bias.add_(shift.reshape(bias.shape).to(bias))
-    return True
+            best, best_shift, least = change, shift, error
+    if best is None:
+        return
+    weight.add_(from_weight_matrix(consumer, best, weight.shape))
+    if consumer.bias is not None:
+        bias = state[consumer.bias]
+        bias.add_(best_shift.reshape(bias.shape))
 
 
 def _solve(gram: Tensor, ridge: Tensor, right: Tensor) -> Tensor:
     """`right @ (gram + ridge * I)^-1` for symmetric positive (semi-)definite `gram`, `(E, k, k)`."""
-    damped = gram + torch.diag_embed(ridge.unsqueeze(1).expand(gram.shape[:2]))
+    damped = gram.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
     factor, failed = torch.linalg.cholesky_ex(damped)
     if not bool(failed.any()):
         return torch.cholesky_solve(right.mT, factor).mT
-    values, vectors = torch.linalg.eigh(damped)  # rounding made it indefinite: leave out what is not positive
+    # Rounding made it indefinite: leave out the directions that are not positive.
+    values, vectors = torch.linalg.eigh(damped)
     floor = values.amax(-1, keepdim=True) * values.shape[-1] * torch.finfo(values.dtype).eps
-    inverse = torch.where(values > floor, 1 / values, torch.zeros_like(values))
-    return (right @ vectors * inverse.unsqueeze(1)) @ vectors.mT
+    inverse = torch.where(values > floor, 1 / values, 0.0)
+    solved: Tensor = (right @ vectors * inverse.unsqueeze(1)) @ vectors.mT
+    return solved
 
 
 class _Sequence:
@@ -222,23 +243,27 @@ class _Sequence:
         self._indices = indices
         self._recording = recording
         self._model = evaluation_copy(pruned_model)
-        self._state = dict(self._model.state_dict(keep_vars=True))
+        self._state = self._model.state_dict(keep_vars=True)
         self._coupled = coupled_channels(graph)
+        self._dense: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._waiting = self._disturbed()
 
     def run(self, program: Program) -> dict[str, Tensor]:
         """Refit everything that has to be; returns the repaired state."""
         with torch.no_grad():
             while self._waiting:
-                before = len(self._waiting)
+                first = self._waiting[0].weight
                 self._calls: dict[str, int] = {}
                 self._inputs: list[Tensor] = []
                 self._stale = False
                 with Watcher(self._graph, self._model, self._handle):
                     program(self._model)
-                if len(self._waiting) == before:  # this pass never called it: it stays as it is
-                    self._waiting.pop(0)
-        return {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
+                if self._waiting and self._waiting[0].weight == first:
+                    raise UserError(
+                        f"the program calls {first!r} {self._calls.get(first, 0)} times, and "
+                        f"{len(self._recording.outputs[first])} times in the recording; both have to be alike"
+                    )
+        return _copied(self._model)
 
     def _disturbed(self) -> list[Consumer]:
         """The consumers whose inputs differ from the dense model's, in the order of the computation."""
@@ -246,8 +271,10 @@ class _Sequence:
         waiting = []
         for consumer in self._graph.consumers:
             component = self._graph.component_of(consumer.weight)
-            lost = _lost(self._indices, consumer.weight, consumer.input_axis)
-            if (lost or component in disturbed) and consumer.weight in self._recording.outputs:
+            reads = _is_disturbed(self._indices, consumer) or (
+                component in disturbed and consumer.groups == 1
+            )
+            if reads and consumer.weight in self._recording.outputs:
                 waiting.append(consumer)
             if consumer.weight in self._indices:
                 disturbed.add(component)
@@ -268,49 +295,100 @@ class _Sequence:
 
     def _with_dense_coupling(self, call: ConsumerCall, number: int) -> Tensor:
         """The activation with the channels of coupling groups as the dense model has them."""
-        coupled = self._coupled.get(call.consumer.weight)
-        dense = self._recording.coupled.get(call.consumer.weight)
-        if coupled is None or dense is None:
+        recorded = self._recording.coupled.get(call.consumer.weight, ())
+        if number >= len(recorded):
             return call.activation
-        axis, source = call.channel_axis, dense[number]
-        kept = _kept(self._indices, call.consumer.weight, call.consumer.input_axis, source.shape[axis])
-        if len(kept) == int(torch.isin(kept, coupled).sum()):
-            return source.index_select(axis, kept)
-        replaced = call.activation.clone()
-        places = torch.isin(kept, coupled).nonzero().flatten()
-        return replaced.index_copy_(axis, places, source.index_select(axis, kept[places]))
+        key = call.consumer.weight, number
+        if key not in self._dense:
+            self._dense[key] = self._dense_channels(call, recorded[number])
+        is_coupled, dense = self._dense[key]
+        if dense.shape != call.activation.shape:
+            raise UserError(
+                f"{call.consumer.weight!r} reads {tuple(call.activation.shape)} where the recording and the "
+                f"masks make it {tuple(dense.shape)}; both have to come from the same program and data"
+            )
+        return torch.where(is_coupled, dense, call.activation)
+
+    def _dense_channels(self, call: ConsumerCall, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the kept channels are coupled, shaped like the activation, and all of them, dense."""
+        consumer = call.consumer
+        axis, size = call.channel_axis, source.shape[call.channel_axis]
+        kept = _kept(self._indices, consumer.weight, consumer.input_axis)
+        channels = torch.arange(size) if kept is None else kept
+        shape = [1] * source.dim()
+        shape[axis] = len(channels)
+        is_coupled = torch.isin(channels, self._coupled[consumer.weight]).reshape(shape).to(source.device)
+        dense = source if kept is None else source.index_select(axis, kept.to(source.device))
+        if consumer.kind == "batched":
+            stack = _kept(self._indices, consumer.weight, 0)
+            dense = dense if stack is None else dense.index_select(0, stack.to(source.device))
+        return is_coupled, dense
 
     def _refit(self, consumer: Consumer) -> None:
-        inputs = torch.cat(self._inputs, dim=1)
-        targets = self._targets(consumer)
-        split = fit_rows(inputs.shape[1])
-        moments = Split(
-            Moments.of(inputs[:, :split], targets[:, :split]),
-            Moments.of(inputs[:, split:], targets[:, split:]),
-        )
-        _refit(consumer, self._state, moments)
+        sliced = weight_matrix(consumer, self._state[consumer.weight])  # (E, out, k)
+        missing = []
+        for inputs, outputs in zip(self._inputs, self._recording.outputs[consumer.weight], strict=True):
+            targets = _of_kept_outputs(self._indices, consumer, outputs)  # (E, out, n)
+            if inputs.shape[1] != targets.shape[2]:
+                raise UserError(
+                    f"the program gives {consumer.weight!r} {inputs.shape[1]} rows and {targets.shape[2]} in "
+                    "the recording; both have to come from the same data"
+                )
+            missing.append(torch.baddbmm(targets, sliced, inputs.mT, alpha=-1))
+        parts = zip(split_rows(self._inputs), split_rows(missing, axis=2), strict=True)
+        fit, held_out = (Moments.of(inputs, lost) for inputs, lost in parts)
+        _refit(consumer, self._state, fit, held_out)
         self._waiting.pop(0)
         self._inputs = []
 
-    def _targets(self, consumer: Consumer) -> Tensor:
-        """What the dense model made here, for the kept outputs, without the bias: `(E, n, out)`."""
-        outputs = torch.cat(list(self._recording.outputs[consumer.weight]), dim=1)
-        shape = self._graph.shapes[consumer.weight]
-        if consumer.kind == "batched":
-            outputs = outputs[_kept(self._indices, consumer.weight, 0, shape[0])]
-        outputs = outputs[:, :, _kept(self._indices, consumer.weight, consumer.output_axis, shape[consumer.output_axis])]
-        return outputs
+
+def _check_shapes(graph: DependencyGraph, state: Mapping[str, Tensor], indices: KeptIndices) -> None:
+    """Raise UserError where a state is not the graph's, sliced to the kept indices."""
+    aliases = graph.aliases or {}
+    for name, tensor in state.items():
+        known = aliases.get(name, name)
+        if known not in graph.shapes:
+            raise UserError(f"the pruned model has {name!r}, which the traced model does not have")
+        axes = indices.get(known, (None,) * len(graph.shapes[known]))
+        expected = [
+            n if kept is None else len(kept) for n, kept in zip(graph.shapes[known], axes, strict=True)
+        ]
+        if list(tensor.shape) != expected:
+            raise UserError(
+                f"{name!r} has shape {tuple(tensor.shape)} in the pruned model, and the masks leave "
+                f"{tuple(expected)}"
+            )
 
 
-def _lost(indices: KeptIndices, parameter: str, axis: int) -> bool:
-    """True where a parameter loses channels along an axis."""
-    return parameter in indices and indices[parameter][axis] is not None
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state in memory of its own."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def _kept(indices: KeptIndices, parameter: str, axis: int, size: int) -> Tensor:
-    """The kept indices of a parameter's axis."""
-    kept = indices[parameter][axis] if parameter in indices else None
-    return torch.arange(size) if kept is None else kept
+def _is_disturbed(indices: KeptIndices, consumer: Consumer) -> bool:
+    """True where a consumer that can be refitted loses inputs."""
+    return consumer.groups == 1 and _kept(indices, consumer.weight, consumer.input_axis) is not None
+
+
+def _kept(indices: KeptIndices, parameter: str, axis: int) -> Tensor | None:
+    """The kept indices of a parameter's axis; None for all of them."""
+    return indices[parameter][axis] if parameter in indices else None
+
+
+def _kept_and_removed(kept: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[slice(None) if kept is None else kept] = True
+    return mask.nonzero().flatten(), (~mask).nonzero().flatten()
+
+
+def _of_kept_outputs(indices: KeptIndices, consumer: Consumer, tensor: Tensor) -> Tensor:
+    """A tensor `(E, out, ...)` for the outputs that a consumer keeps, of the kept part of the stack."""
+    outputs = _kept(indices, consumer.weight, consumer.output_axis)
+    stack = _kept(indices, consumer.weight, 0) if consumer.kind == "batched" else None
+    for axis, kept in ((1, outputs), (0, stack)):
+        if kept is not None:
+            tensor = tensor.index_select(axis, kept.to(tensor.device))
+    return tensor
 
 
 def _columns(consumer: Consumer, channels: Tensor, shape: torch.Size) -> Tensor:

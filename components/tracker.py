@@ -21,9 +21,10 @@ from components.errors import UserError
 from components.gates import GateMode, gate_readers
 from components.importance import MissingStatisticsError
 
-EVERY = 10
-"""How often a step is tracked by default. On an autoencoder of 64-256-128-16 and back at batch 128, one CPU
-thread, a tracked step costs about as much as half a training step, so that every 10th costs 5 %."""
+EVERY = 16
+"""How often a step is tracked by default. On an autoencoder of 64-256-128-16 and back, at batch 128 on one
+CPU thread, a tracked step costs 0.7 of a training step, so every 16th costs 5 %, and 6 to 9 % with the
+snapshots of a training of 2,000 steps. Tracking every step or every 20th ranked channels equally well."""
 
 TAIL_POWER = 3
 """The mean and variance of the weights give step t a weight of about t^3: 94 % of it is in the last half."""
@@ -43,6 +44,7 @@ class GradientStatistics:
         weight: θ when the statistics were taken.
         mean: the mean of θ over the training's tail.
         variance: the variance of θ over the training's tail.
+        activity: the share of the tail in which the gradient was not zero, in [0, 1].
         gates: for each group `(size,)`: EMA of the mean over samples of the squared gate derivatives, in
             units of the mean square gradient. Empty if nothing was captured.
         steps: the number of tracked steps.
@@ -54,6 +56,7 @@ class GradientStatistics:
     weight: Mapping[str, Tensor]
     mean: Mapping[str, Tensor]
     variance: Mapping[str, Tensor]
+    activity: Mapping[str, Tensor]
     gates: Mapping[str, Tensor]
     steps: int
 
@@ -240,6 +243,7 @@ class ImportanceTracker:
             weight={name: p.detach().clone() for name, p in self._parameters.items()},
             mean={name: record.mean.clone() for name, record in records.items()},
             variance={name: record.variance.clone() for name, record in records.items()},
+            activity={name: record.activity.clone() for name, record in records.items()},
             gates={name: gate.value for name, gate in self._gates.items()},
             steps=self.steps,
         )
@@ -294,17 +298,19 @@ class ImportanceTracker:
         mean_square.add(torch.tensor(square_sum / sum(g.numel() for g in gradients), dtype=torch.float64))
         scale = float(mean_square.value)
 
-        g = torch._foreach_mul(gradients, scale**-0.5)
         new = 1.0 - self._decay
-        magnitude = torch._foreach_abs(g)
+        magnitude = list(torch._foreach_abs(gradients))
+        torch._foreach_mul_(magnitude, scale**-0.5)
         torch._foreach_lerp_([r.gradient for r in records], magnitude, new)
-        torch._foreach_mul_(magnitude, torch._foreach_abs(weights))
-        torch._foreach_lerp_([r.taylor for r in records], magnitude, new)
-        torch._foreach_mul_(g, g)
-        torch._foreach_lerp_([r.square for r in records], g, new)
+        products = list(torch._foreach_abs(weights))
+        torch._foreach_mul_(products, magnitude)
+        torch._foreach_lerp_([r.taylor for r in records], products, new)
+        active = list(torch._foreach_sign(magnitude))
+        torch._foreach_mul_(magnitude, magnitude)
+        torch._foreach_lerp_([r.square for r in records], magnitude, new)
         for record in records:
             record.count += 1
-        _weighted_welford(records, weights)
+        _follow_tail(records, weights, active)
         for name, gate in gates.items():
             if bool(torch.isfinite(gate).all()):
                 self._gates.setdefault(name, _Average(self._decay)).add(gate / scale)
@@ -319,13 +325,17 @@ class _Record:
     square: Tensor
     mean: Tensor
     variance: Tensor
+    activity: Tensor
     count: int = 0
 
     @classmethod
     def zeros(cls, parameter: Tensor) -> _Record:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        fresh = [torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for _ in range(5)]
-        return cls(fresh[0], fresh[1], fresh[2], fresh[3], fresh[4])
+
+        def fresh() -> Tensor:
+            return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+
+        return cls(fresh(), fresh(), fresh(), fresh(), fresh(), fresh())
 
 
 @dataclass(eq=False)
@@ -347,15 +357,15 @@ class _Average:
         return self.total / (1.0 - self.decay**self.count)
 
 
-def _weighted_welford(records: list[_Record], values: list[Tensor]) -> None:
+def _follow_tail(records: list[_Record], weights: list[Tensor], active: list[Tensor]) -> None:
     """Mean and variance with weights growing as t^3 (West, 1979): the n-th value enters with 4 / (n + 3)."""
     shares = [(TAIL_POWER + 1) / (record.count + TAIL_POWER) for record in records]
     means, variances = [r.mean for r in records], [r.variance for r in records]
-    difference = torch._foreach_sub(values, means)
+    difference = torch._foreach_sub(weights, means)
     torch._foreach_addcmul_(variances, difference, difference, shares)
     torch._foreach_mul_(variances, [1.0 - share for share in shares])
-    torch._foreach_mul_(difference, shares)
-    torch._foreach_add_(means, difference)
+    torch._foreach_lerp_(means, weights, shares)
+    torch._foreach_lerp_([r.activity for r in records], active, shares)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
