@@ -1,10 +1,10 @@
 """The pruning domain: trace a model, score its channels, slice it, refit what reads the slices.
 
-    graph = components.trace(model, program, components={"encoder": ["encoder"], ...}, ties=[...])
-    scores = {"l2": components.importance.l2(graph, model.state_dict())}
-    plan = components.PruningPlan(coefficients={"l2": 1.0}, ratios={"encoder.0": 0.5})
-    keep = components.choose(graph, scores, plan)
-    state = components.prune(graph, model.state_dict(), keep)
+graph = components.trace(model, program, components={"encoder": ["encoder"], ...}, ties=[...])
+scores = {"l2": components.importance.l2(graph, model.state_dict())}
+plan = components.PruningPlan(coefficients={"l2": 1.0}, ratios={"encoder.0": 0.5})
+keep = components.choose(graph, scores, plan)
+state = components.prune(graph, model.state_dict(), keep)
 """
 
 from components import importance

@@ -217,7 +217,7 @@ def record(
         rows = call.rows(call.activation)
         outputs.setdefault(weight, []).append(weight_matrix(call.consumer, state[weight]) @ rows.mT)
         if with_grams:
-            inputs.setdefault(weight, []).append(rows)
+            inputs.setdefault(weight, []).append(rows.clone())  # the program may overwrite its tensors
         if weight in couplings:
             coupled.setdefault(weight, []).append(call.activation.clone())
         return call.run(call.activation)

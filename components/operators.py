@@ -50,12 +50,10 @@ def rule(*names: str, view: bool = False) -> Callable[[Rule], Rule]:
 
 
 def keeps_weights(rule: Rule) -> bool:
-    """True where a weight that the operator is given is still a weight; contractions and look-ups use it up."""
-    return rule not in (matmul, add_matmul, add_vector_product, linear, convolution, attention) and rule not in (
-        embedding,
-        index_along,
-        index,
-    )
+    """True where a weight is still a weight after the operator; contractions and look-ups use it up."""
+    contractions: tuple[Rule, ...] = (matmul, add_matmul, add_vector_product, linear, convolution, attention)
+    look_ups: tuple[Rule, ...] = (embedding, index_along, index)
+    return rule not in (*contractions, *look_ups)
 
 
 def pinned(size: int) -> Ids:
@@ -116,11 +114,22 @@ def pointwise(tracer: Tracer, call: Call) -> Tag | list[Tag | None]:
     output = call.outputs[0]
     tags = [tracer.tag(tensor) for tensor in call.tensors()]
     ids = broadcast(tracer, tags, output.shape)
+    _note_outer_product(tracer, tags)
     if call.name in ("aten.add", "aten.add_"):
         _note_bias(tracer, call, tags)
     if call.name == "aten.mul" and not isinstance(call["other"], Tensor) and call["other"] == 1:
         return tags[0]  # vmap scales a bias by one; it is still that bias
     return [Tag(ids) if isinstance(out, Tensor) else None for out in call.outputs]
+
+
+def _note_outer_product(tracer: Tracer, tags: Sequence[Tag]) -> None:
+    """A weight spread over an axis that the activation does not have makes that axis' channels."""
+    data = [len(tag.ids) for tag in tags if not tag.is_weight]
+    for tag in tags if data else ():
+        for axis in range(-len(tag.ids), 0):
+            others = [other.ids[axis] for other in tags if other is not tag and len(other.ids) >= -axis]
+            if all(len(ids) == 1 for ids in others):
+                tracer.carry(tag, axis)
 
 
 def _note_bias(tracer: Tracer, call: Call, tags: Sequence[Tag]) -> None:
@@ -315,9 +324,11 @@ def _grouped(tracer: Tracer, inputs: Ids, weight: Tag, groups: int, transposed: 
     if transposed:  # weight: (inputs, outputs / groups, *kernel)
         per_group_out = len(weight.ids[1])
         outputs = np.tile(weight.ids[1], groups)
+        tracer.carry(weight, 1)
         tracer.join(inputs, weight.ids[0])
     else:  # weight: (outputs, inputs / groups, *kernel)
         outputs = weight.ids[0]
+        tracer.carry(weight, 0)
         per_group_out = len(outputs) // groups
     if per_group_in == 1 and not transposed:
         tracer.join(outputs, np.repeat(inputs, per_group_out))
@@ -340,6 +351,7 @@ def embedding(tracer: Tracer, call: Call) -> Tag:
     """Rows are looked up by data, so they stay; columns are channels."""
     weight, indices = tracer.tag(call["weight"]), tracer.tag(call["indices"])
     tracer.pin(weight.ids[0])
+    tracer.carry(weight, 1)
     return Tag((*indices.ids, weight.ids[1]))
 
 
@@ -651,7 +663,7 @@ def split_with_sizes(tracer: Tracer, call: Call) -> list[Tag]:
 def slice_axis(tracer: Tracer, call: Call) -> Tag:
     """A run of channels is a width of its own, and so is what lies before and behind it.
 
-    With a stride the places count, so the axis stays; so it does for one place that is counted from the front.
+    With a stride the places count, so the axis stays; so it does for one place counted from the front.
     """
     tag = tracer.tag(call["self"])
     axis = axis_of(call["dim"] or 0, len(tag.ids))
@@ -875,8 +887,8 @@ def _reshape_run(tracer: Tracer, ids: Sequence[Ids], shape: Sequence[int], flexi
         return [pinned(size) for size in shape]
     carrier = max(free, key=lambda axis: (tracer.is_of_parameter(ids[axis]), len(ids[axis])))
     for axis in free:
-        if axis != carrier:
-            tracer.pin(ids[axis])
+        if axis != carrier or (len(ids) > 1 and not tracer.is_of_parameter(ids[axis])):
+            tracer.pin(ids[axis])  # a constant's size, such as how often data are repeated, is the program's
     along = [1] * len(ids)
     along[carrier] = -1
     flat = np.broadcast_to(ids[carrier].reshape(along), [len(own) for own in ids]).ravel()

@@ -38,7 +38,9 @@ def kept_indices(graph: DependencyGraph, keep: Keep) -> dict[str, tuple[Tensor |
         if kept.all():
             continue
         if not kept.any():
-            raise UserError(f"the mask of group {name!r} keeps nothing; at least one of {group.size} has to stay")
+            raise UserError(
+                f"the mask of group {name!r} keeps nothing; at least one of {group.size} has to stay"
+            )
         removed = ~kept.cpu()
         for member in group.members:
             key = member.parameter, member.axis
@@ -52,7 +54,9 @@ def kept_indices(graph: DependencyGraph, keep: Keep) -> dict[str, tuple[Tensor |
     return {name: tuple(axes) for name, axes in found.items()}
 
 
-def slice_state(graph: DependencyGraph, state: Mapping[str, Tensor], indices: KeptIndices) -> dict[str, Tensor]:
+def slice_state(
+    graph: DependencyGraph, state: Mapping[str, Tensor], indices: KeptIndices
+) -> dict[str, Tensor]:
     """Cut every tensor of a state to the kept indices; the tensors returned share no memory with it.
 
     Raises:

@@ -40,8 +40,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 RIDGES = (1e-3, 1e-2, 1e-1)
 """The candidates for lambda, in units of the mean diagonal of the inputs' Gram matrix."""
 
-ROUNDING = 1e-14
-"""A variance below this share of the squared mean is rounding: such inputs count as constant."""
+ROUNDING = 1e-10
+"""A variance below this share of the squared mean may be rounding: such inputs count as constant."""
 
 
 def reconstruct(
@@ -121,14 +121,10 @@ class Moments:
     def of(cls, inputs: Tensor, missing: Tensor) -> Moments:
         """From `(E, n, k)` and `(E, out, n)`, n rows each, multiplied in their own precision."""
         rows = inputs.shape[1]
-        x = inputs.mean(1, dtype=torch.float64)
-        centred = inputs - x.to(inputs.dtype).unsqueeze(1)
-        return cls(
-            xx=(centred.mT @ centred).double() / rows,
-            rx=(missing @ centred).double() / rows,
-            x=x,
-            r=missing.mean(2, dtype=torch.float64),
-        )
+        x, r = inputs.mean(1, dtype=torch.float64), missing.mean(2, dtype=torch.float64)
+        inputs = inputs - x.to(inputs.dtype).unsqueeze(1)
+        missing = missing - r.to(missing.dtype).unsqueeze(2)
+        return cls(xx=(inputs.mT @ inputs).double() / rows, rx=(missing @ inputs).double() / rows, x=x, r=r)
 
     def uncentred(self) -> Moments:
         """The moments about zero, for a layer without a bias."""
@@ -286,8 +282,9 @@ class _Sequence:
         self._calls[weight] = number + 1
         activation = self._with_dense_coupling(call, number)
         if self._waiting and weight == self._waiting[0].weight and not self._stale:
-            self._inputs.append(call.rows(activation))
             calls = len(self._recording.outputs[weight])
+            rows = call.rows(activation)
+            self._inputs.append(rows if calls == 1 else rows.clone())  # the program may overwrite its tensors
             if len(self._inputs) == calls:
                 self._refit(call.consumer)
                 self._stale = calls > 1

@@ -48,8 +48,8 @@ class Tag:
         parameter: name of the parameter this tensor is a view of, or None.
         axes: for every axis, the axis of `parameter` it shows, or None.
         result_of: index of the consumer whose product this is (before a bias), or None.
-        is_weight: True where it comes from parameters, buffers and constants alone, with no contraction yet: what
-            a contraction with it reads is the other operand's.
+        is_weight: True where it comes from parameters, buffers and constants alone, with no contraction yet;
+            a contraction with it reads the other operand's channels.
     """
 
     ids: tuple[Ids, ...]
@@ -120,7 +120,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flexible_axis: int | None = None
         self._module_stack: list[str] = []
         self.parameter_ids: dict[str, tuple[Ids, ...]] = {}
-        self._last_parameter_id = sum(sum(tensor.shape) for tensor in state.values())
+        self._last_parameter_id = sum(n for tensor in state.values() for n in tensor.shape if n != 1)
         for name, tensor in state.items():
             self._register(name, tensor)
 
@@ -251,7 +251,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._consumed.update(tag.ids[axis].tolist())
 
     def carry(self, tag: Tag, axis: int) -> None:
-        """Note that this axis of a weight is the result's axis in a contraction."""
+        """Note that the result of a contraction has this axis of a weight: the weight makes its channels."""
         if tag.is_weight:
             self._carried.update(tag.ids[axis].tolist())
 
@@ -378,9 +378,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return not self._consumed.isdisjoint(self.parameter_ids[parameter][axis].tolist())
 
     def produces(self, parameter: str, axis: int) -> bool:
-        """True where the axis makes or accompanies activations (a tied weight may do both)."""
-        carried = not self._carried.isdisjoint(self.parameter_ids[parameter][axis].tolist())
-        return carried or not self.consumes(parameter, axis)
+        """True where the axis makes channels: the output axis of a layer (a tied weight may do both)."""
+        return not self._carried.isdisjoint(self.parameter_ids[parameter][axis].tolist())
 
     def parts(self) -> Mapping[int, set[int]]:
         """Root id -> the numbers of the parts (see `divide`) that the channel lies in."""
@@ -626,7 +625,7 @@ def _groups(
         )
         producer = min(
             (member for member in members if tracer.produces(member.parameter, member.axis)),
-            key=lambda member: (member.consumes, position[member.parameter]),
+            key=lambda member: position[member.parameter],
         )
         touched = frozenset(str(owner(member.parameter, components)) for member in members)
         name = _module_of(producer.parameter)

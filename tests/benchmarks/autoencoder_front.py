@@ -3,14 +3,14 @@
 Every method gets the same number of points (64) and the same data, over several base seeds:
 
 - `prunefront`: the shipped `autoencoder` experiment as it is, but for the seeds;
-- `uniform_l2`: one pruning ratio for all groups, kept shares log-spaced from 100 % to 2 %, L2 importance,
-  slicing alone, then the same fine-tuning;
-- `scratch`: small dense autoencoders, all widths scaled alike, log-spaced likewise, each trained from scratch
-  with the base's full budget, at the learning rate that suits small ones best (1e-2; the base has 4e-3).
+- `uniform_l2`: one pruning ratio for all groups, kept shares log-spaced from 100 % to 2 %, L2
+  importance, slicing alone, then the same fine-tuning;
+- `scratch`: small dense autoencoders, all widths scaled alike, log-spaced likewise, each trained from
+  scratch with the base's full budget, at the learning rate that suits small ones best (1e-2, not 4e-3).
 
-Whatever is best at a size is chosen on validation data and reported on test data. The hypervolume is the mean
-over log size in [0.5 %, 100 %] of the retention chosen at or below that size, clipped to [0, 1]; the linear one
-is over linear size. Intervals are 95 % (Student's t over the seeds; ratios are paired by seed). `--save` keeps
+Whatever is best at a size is chosen on validation data and reported on test data. The hypervolume is the
+mean over log size in [0.5 %, 100 %] of the retention chosen at or below that size, clipped to [0, 1]; the
+linear one is over linear size. Intervals are 95 % (Student's t over the seeds; ratios are paired by seed). `--save` keeps
 every point. Takes about a quarter of an hour on two cores.
 """
 
@@ -28,6 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from figures import run
 from scipy import stats
 
 from search.pareto import SIZE_THRESHOLDS, SMALLEST_SIZE
@@ -73,7 +74,9 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
     pruning = config.pruning
     metrics = tuple(dict.fromkeys([*pruning.metrics, "l2"]))
     kind = config.agent.kind
-    base = train_base(kind, config.agent.options, seed=seed, metrics=metrics, reconstruction=pruning.reconstruction)
+    base = train_base(
+        kind, config.agent.options, seed=seed, metrics=metrics, reconstruction=pruning.reconstruction
+    )
     dense = prepare(base)
     performance = agent_class(kind).performance
     objectives = resolve_objectives(config.search.objectives, config.search.constraints, performance)
@@ -103,7 +106,9 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
             trials=points,
             force=pruning.coefficients_force,
         )
-        study = Study(space, objectives, config.search.sampler, seed, config.search.constraints, trials=points)
+        study = Study(
+            space, objectives, config.search.sampler, seed, config.search.constraints, trials=points
+        )
         found = []
         for number in range(points):
             plan, origin = study.ask(number)
@@ -118,7 +123,9 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
         found = []
         for number, share in enumerate(shares(points)):
             plan = PruningPlan({"l2": 1.0}, {group.name: 1.0 - share for group in dense.graph.groups})
-            found.append(point(run_trial(TrialSpec(number, plan, "uniform", trial_seed(seed, number), plain), base)))
+            found.append(
+                point(run_trial(TrialSpec(number, plan, "uniform", trial_seed(seed, number), plain), base))
+            )
         return found
 
     def scratch() -> list[Point | None]:
@@ -148,7 +155,7 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
 
 
 def chosen_retention(points: Sequence[Point], sizes: np.ndarray) -> np.ndarray:
-    """At every size: the test retention of the agent that is best on validation data at or below it; 0 if none."""
+    """At every size: the test retention of the agent at or below it that validates best; 0 if there is none."""
     result = np.zeros(len(sizes))
     for index, size in enumerate(sizes):
         fitting = [point for point in points if point.size_ratio <= size * (1 + 1e-12)]
@@ -179,17 +186,24 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 def summarise(by_seed: Sequence[dict[str, list[Point]]]) -> dict[str, object]:
     """The figures of all seeds."""
     volumes = {name: [hypervolumes(seed[name]) for seed in by_seed] for name in METHODS}
-    figures: dict[str, object] = {"seeds": len(by_seed), "points": [len(seed["prunefront"]) for seed in by_seed]}
+    figures: dict[str, object] = {
+        "seeds": len(by_seed),
+        "points": [len(seed["prunefront"]) for seed in by_seed],
+    }
     for kind in ("log", "linear"):
         figures[f"hypervolume_{kind}"] = {
             name: interval([volume[kind] for volume in volumes[name]]) for name in METHODS
         }
         for other in METHODS[1:]:
             pairs = zip(volumes["prunefront"], volumes[other], strict=True)
-            figures[f"ratio_{kind}_to_{other}"] = interval([ours[kind] / theirs[kind] for ours, theirs in pairs])
+            figures[f"ratio_{kind}_to_{other}"] = interval(
+                [ours[kind] / theirs[kind] for ours, theirs in pairs]
+            )
     figures["test_retention_at_or_below"] = {
         f"{threshold:.0%}": {
-            name: interval([float(chosen_retention(seed[name], np.array([threshold]))[0]) for seed in by_seed])
+            name: interval(
+                [float(chosen_retention(seed[name], np.array([threshold]))[0]) for seed in by_seed]
+            )
             for name in METHODS
         }
         for threshold in SIZE_THRESHOLDS
@@ -197,30 +211,27 @@ def summarise(by_seed: Sequence[dict[str, list[Point]]]) -> dict[str, object]:
     return figures
 
 
-def main() -> None:
-    """Run all seeds and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=100, help="the shipped experiment was settled on seeds below")
-    parser.add_argument("--experiment", default="autoencoder", help="name or YAML file")
-    parser.add_argument("--points", type=int, default=POINTS)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the experiment")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--save", type=Path, help="write every point here, as JSON")
-    arguments = parser.parse_args()
-    jobs = [
-        (arguments.experiment, seed, arguments.points, tuple(arguments.set))
-        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    ]
-    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Run all seeds, one process each, and summarise."""
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    jobs = [(options.experiment, seed, options.points, tuple(options.set)) for seed in seeds]
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         by_seed = list(pool.map(run_seed, jobs))
-    if arguments.save:
+    if options.save:
         points = [{name: [vars(p) for p in found] for name, found in seed.items()} for seed in by_seed]
-        arguments.save.write_text(json.dumps(points))
-    figures = summarise(by_seed)
-    print(json.dumps(figures, indent=2) if arguments.json else "\n".join(f"{k}: {v}" for k, v in figures.items()))
+        options.save.write_text(json.dumps(points))
+    return summarise(by_seed)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What to run, and where to keep it."""
+    parser.add_argument("--experiment", default="autoencoder", help="name or YAML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the experiment"
+    )
+    parser.add_argument("--save", type=Path, help="write every point here, as JSON")
 
 
 if __name__ == "__main__":
-    main()
+    # The shipped experiment was settled on seeds below 100.
+    run(__doc__, measure, add_options, seeds=5, first_seed=100, points=POINTS, processes=os.cpu_count())

@@ -4,20 +4,21 @@ The model is a world model of six components (about 1.5 million parameters). Our
 metrics, mix, choose and slice the model, a target network and two optimizer moments; the graph is traced
 once per base, so it is not part of a trial (its cost is reported beside). Torch-Pruning: build the dependency
 graph and prune the model alone, which is what each of its trials has to do. `with_reconstruction` adds
-sequential closed-form repair on 2,048 calibration rows, for which Torch-Pruning has no counterpart. Both sides
-run in one process with the same threads; times are medians of interleaved repetitions, in milliseconds.
+sequential closed-form repair on 2,048 calibration rows, for which Torch-Pruning has no counterpart. Both
+sides run in one process with the same threads; times are medians of interleaved repetitions, in milliseconds.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from figures import run
 from torch import Tensor, nn
 
 from components import importance, trace
@@ -33,8 +34,9 @@ ROWS = 2048
 
 def mlp(inputs: int, hidden: tuple[int, int], outputs: int) -> nn.Sequential:
     """Two hidden layers, as every component of the world model has."""
+    first, second = hidden
     return nn.Sequential(
-        nn.Linear(inputs, hidden[0]), nn.ELU(), nn.Linear(hidden[0], hidden[1]), nn.ELU(), nn.Linear(hidden[1], outputs)
+        nn.Linear(inputs, first), nn.ELU(), nn.Linear(first, second), nn.ELU(), nn.Linear(second, outputs)
     )
 
 
@@ -74,48 +76,54 @@ class WorldModel(nn.Module):
         return {**first, "second_reward": self.reward(joint), "second_latent": self.dynamics(joint)}
 
 
-def ours(share: float) -> tuple[Callable[[], None], Callable[[], None], Callable[[], None]]:
-    """Functions that run one trial's pruning, pruning with reconstruction, and the trace."""
-    model = WorldModel()
-    observation, action = torch.randn(ROWS, OBSERVATION), torch.rand(ROWS, ACTION) * 2 - 1
-    prefixes = {name: [name] for name, _ in model.named_children()}
+class Ours:
+    """One dense model with its graph and recording, and what a trial does with them.
 
-    def program(module: WorldModel) -> dict[str, Tensor]:
-        return module.program(observation, action)
+    Its states are the model, a target network and two optimizer moments; its scores are the parameters' norms and
+    two metrics of statistics gathered during training, here random numbers of the same shapes.
+    """
 
-    def run_trace() -> None:
-        trace(
-            model,
-            lambda m: m.program(observation[:2], action[:2]),
-            components=prefixes,
+    def __init__(self, share: float) -> None:
+        self._model = WorldModel()
+        self._inputs = torch.randn(ROWS, OBSERVATION), torch.rand(ROWS, ACTION) * 2 - 1
+        self.trace()
+        self._state = self._model.state_dict()
+        noise = [{name: torch.rand_like(tensor) for name, tensor in self._state.items()} for _ in range(3)]
+        self._states = [self._state, *noise]
+        self._tracked = noise[:2]
+        self._recording = record(self._graph, self._model, self._program)
+        metrics = ("l2", "first tracked", "second tracked")
+        ratios = {group.name: 1 - share for group in self._graph.groups}
+        self._plan = PruningPlan(dict.fromkeys(metrics, 1 / 3), ratios)
+
+    def _program(self, model: nn.Module) -> dict[str, Tensor]:
+        return model.program(*self._inputs)
+
+    def trace(self) -> None:
+        """What is done once per base."""
+        observation, action = (rows[:2] for rows in self._inputs)
+        self._graph = trace(
+            self._model,
+            lambda model: model.program(observation, action),
+            components={name: [name] for name, _ in self._model.named_children()},
             ties=[("next_latent", "latent")],
         )
 
-    graph = trace(
-        model,
-        lambda m: m.program(observation[:2], action[:2]),
-        components=prefixes,
-        ties=[("next_latent", "latent")],
-    )
-    state = model.state_dict()
-    states = [{name: torch.randn_like(tensor) for name, tensor in state.items()} for _ in range(3)]
-    recording = record(graph, model, program)
-    plan = PruningPlan({"l2": 0.5, "l1": 0.5}, {group.name: 1 - share for group in graph.groups})
+    def prune(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Score, mix, choose and slice all four states; the masks and the model's state."""
+        tracked = [importance.channel_sums(self._graph, values) for values in self._tracked]
+        l2 = importance.l2(self._graph, self._state)
+        scores = dict(zip(self._plan.coefficients, (l2, *tracked), strict=True))
+        keep = choose(self._graph, scores, self._plan)
+        indices = kept_indices(self._graph, keep)
+        return keep, [slice_state(self._graph, state, indices) for state in self._states][0]
 
-    def prune() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        scores = {"l2": importance.l2(graph, state), "l1": importance.l1(graph, state)}
-        keep = choose(graph, scores, plan)
-        indices = kept_indices(graph, keep)
-        sliced = [slice_state(graph, section, indices) for section in (state, *states)]
-        return keep, sliced[0]
-
-    def prune_and_repair() -> None:
-        keep, sliced = prune()
+    def prune_and_repair(self) -> None:
+        """The same, and build and repair the small model."""
+        keep, sliced = self.prune()
         small = WorldModel({name: int(mask.sum()) for name, mask in keep.items()})
         small.load_state_dict(sliced)
-        reconstruct(graph, state, small, keep, recording=recording, program=program)
-
-    return (lambda: None if prune() else None), prune_and_repair, run_trace
+        reconstruct(self._graph, self._state, small, keep, recording=self._recording, program=self._program)
 
 
 def torch_pruning(share: float) -> tuple[Callable[[], WorldModel], Callable[[WorldModel], None]]:
@@ -153,18 +161,17 @@ def pruning_cost(repeats: int = 15) -> dict[str, float]:
     torch.manual_seed(0)
     figures: dict[str, float] = {"parameters": sum(p.numel() for p in WorldModel().parameters())}
     for share in SHARES:
-        prune, repair, run_trace = ours(share)
+        ours = Ours(share)
         fresh, theirs = torch_pruning(share)
-        for function in (prune, repair, run_trace):
-            function()
+        for warm_up in (ours.prune, ours.prune_and_repair, ours.trace):
+            warm_up()
         theirs(fresh())
-        times: dict[str, list[float]] = {"prune": [], "prune_and_repair": [], "trace": [], "torch_pruning": []}
+        times: dict[str, list[float]] = defaultdict(list)
         for _ in range(repeats):  # interleaved, so that a noisy moment hits all alike
-            times["prune"].append(timed(prune))
-            times["prune_and_repair"].append(timed(repair))
-            times["trace"].append(timed(run_trace))
-            model = fresh()
-            times["torch_pruning"].append(timed(lambda model=model: theirs(model)))
+            times["prune"].append(timed(ours.prune))
+            times["prune_and_repair"].append(timed(ours.prune_and_repair))
+            times["trace"].append(timed(ours.trace))
+            times["torch_pruning"].append(timed(partial(theirs, fresh())))
         medians = {name: statistics.median(values) for name, values in times.items()}
         suffix = f"{share:.0%}_kept"
         figures |= {f"{name}_ms_{suffix}": round(value, 2) for name, value in medians.items()}
@@ -175,15 +182,5 @@ def pruning_cost(repeats: int = 15) -> dict[str, float]:
     return figures
 
 
-def main() -> None:
-    """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
-    figures = pruning_cost(arguments.repeats)
-    print(json.dumps(figures, indent=2) if arguments.json else "\n".join(f"{k}: {v}" for k, v in figures.items()))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, lambda options: pruning_cost(options.repeats), repeats=15)

@@ -4,8 +4,8 @@ Two halves, in one process, one after the other:
 
 - `ray_*`: wall time per empty trial, with as many workers as the machine has CPUs and with one. Ours is the
   whole way of a trial but its work: proposal (random sampler), specification, worker, a result with a state
-  of 100,000 parameters, fsynced record, telling the study. The other side is a function trainable under Tune's
-  defaults that imports torch, as any function that trains would, and reports one number.
+  of 100,000 parameters, fsynced record, telling the study. The other side is a function trainable under
+  Tune's defaults that imports torch, as any function that trains would, and reports one number.
 - `prune_*` and the like: score, mix and slice against Torch-Pruning; see `pruning_cost.py`.
 
 Times are medians in milliseconds; a ratio is theirs over ours.
@@ -14,10 +14,13 @@ Times are medians in milliseconds; a ratio is theirs over ours.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -59,10 +62,10 @@ def empty_trial(spec: TrialSpec, base: object, device: str) -> TrialResult:
         retention=0.9,
         performance={"error": 0.1},
         component_sizes={"encoder": PARAMETERS // 2, "decoder": PARAMETERS // 2},
-        widths={group: 64 for group in spec.plan.ratios},
+        widths=dict.fromkeys(spec.plan.ratios, 64),
         kept={group: tuple(range(64)) for group in spec.plan.ratios},
         rungs=tuple((updates, 0.1) for updates in range(0, 150, 30)),
-        timings={stage: 0.0 for stage in ("score", "prune", "reconstruct", "fine_tune", "evaluate")},
+        timings=dict.fromkeys(("score", "prune", "reconstruct", "fine_tune", "evaluate"), 0.0),
         state=state,
     )
 
@@ -77,7 +80,7 @@ def empty_function(config: dict[str, Any]) -> None:
 def space(trials: int) -> SearchSpace:
     """That of an autoencoder with five groups."""
     sizes = (64, 256, 128, 16, 128, 256, 64)
-    layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(sizes)]
     model = nn.ModuleDict({"encoder": nn.Sequential(*layers[:3]), "decoder": nn.Sequential(*layers[3:])})
     inputs = torch.zeros(2, sizes[0])
 
@@ -139,7 +142,8 @@ def function_times(trials: int, workers: int) -> list[float]:
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        # Tune's announcement is not one of the figures.
+        with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
             tune.Tuner(
                 empty_function,
                 tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=workers),
@@ -152,7 +156,7 @@ def function_times(trials: int, workers: int) -> list[float]:
 
 
 def per_trial(ended: list[float], workers: int) -> float:
-    """Median wall time per trial in milliseconds: of the times in which `workers` trials ended, over `workers`.
+    """Median wall time per trial in milliseconds: the time in which `workers` trials ended, over `workers`.
 
     The first trials, which wait for processes that are reused afterwards, are left out.
     """

@@ -1,0 +1,220 @@
+"""The base: the trained, unpruned agent with everything that trials take from it.
+
+Trained once, or inside every trial (`base: {mode: per_trial}`), handed to all workers and stored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+import components
+from agents.agent import Agent, agent_class
+from components import DependencyGraph, UserError, importance
+from components.calibration import record
+from components.size import parameter_count
+from components.tracker import ImportanceTracker
+from search.arrays import Arrays, to_arrays
+from search.determinism import deterministic
+from search.measurement import Split, decision_macs, performance_of
+
+Progress = Callable[[int, int, str], None]
+"""Called along training with (steps done, steps in total, a few words)."""
+
+SPLITS: tuple[Split, ...] = ("validation", "test")
+
+CALIBRATION_ROWS = 1024
+"""Rows of calibration inputs: what reconstruction is fitted on."""
+
+TRACE_ROWS = 2
+"""Rows that the model is traced with; the graph does not depend on them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A trained, unpruned agent as plain values: what a worker needs to run any trial.
+
+    Arrays may be read-only (they come from shared memory). Compared and hashed by identity.
+
+    Attributes:
+        kind: the agent's kind, as in `agent: {kind: ...}`.
+        options: its complete options.
+        widths: group -> channels.
+        seed: of the training.
+        states: section -> name -> array: `model` and, mirroring it, the optimizer's moments.
+        scores: importance metric -> group -> `(channels,)` scores; higher means keep.
+        history: the course of the importance over training, as the tracker recorded it.
+        calibration: inputs of the agent's call program, rows first.
+        grams: Gram matrices of every consumer's input, for `reconstruction: gram`; None otherwise.
+        data: what the agent fine-tunes and evaluates on.
+        parameters: scalars that training could change.
+        macs: multiply-accumulate operations of one decision.
+        performance: split -> the agent's performance measure; empty where the base is not trained.
+        trivial: split -> the same measure for a trivial agent.
+        training_seconds: wall time of the training; 0 where the base is not trained.
+    """
+
+    kind: str
+    options: Mapping[str, Any]
+    widths: Mapping[str, int]
+    seed: int
+    states: Mapping[str, Arrays]
+    scores: Mapping[str, Arrays]
+    history: Arrays
+    calibration: Arrays
+    grams: Arrays | None
+    data: Arrays
+    parameters: int
+    macs: int
+    performance: Mapping[str, float]
+    trivial: Mapping[str, float]
+    training_seconds: float
+
+    @property
+    def trained(self) -> bool:
+        """False for the base of a `per_trial` search: every trial trains one of its own from it."""
+        return bool(self.performance)
+
+    def retention(self, performance: float, split: Split = "validation") -> float:
+        """(J - J0) / (J_base - J0): 1 is as good as the base, 0 as the trivial agent; higher is better.
+
+        The sign of the measure cancels, so it holds for errors and for returns alike.
+        """
+        return retention(performance, self.performance[split], self.trivial[split])
+
+
+def retention(performance: float, base: float, trivial: float) -> float:
+    """How much of the base's advantage over a trivial agent is left; all three measured the same way."""
+    return (performance - trivial) / (base - trivial)
+
+
+def train_base(
+    kind: str,
+    options: Mapping[str, Any],
+    *,
+    seed: int,
+    metrics: Sequence[str],
+    reconstruction: str = "sequential",
+    data: Mapping[str, Tensor] | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    progress: Progress = lambda done, total, note: None,
+) -> Base:
+    """Train an agent, tracking importance along the way, score its channels and measure it.
+
+    Args:
+        kind: of the agent, as `agents.agent.agent_class` knows it.
+        options: of the agent; defaults are filled in.
+        seed: of everything random.
+        metrics: importance metrics to score by.
+        reconstruction: `gram` also keeps the Gram matrices.
+        data: of the agent; None loads it.
+        device: torch device.
+        threads: CPU threads; the result is bit-reproducible for one thread count.
+        progress: is told how far the training is.
+
+    Raises:
+        UserError: unknown kind, metric or option, or the trained agent is no better than a trivial one.
+    """
+    with deterministic(seed, threads):
+        here = None if data is None else {name: tensor.to(device) for name, tensor in data.items()}
+        agent = agent_class(kind)(options, None, here, device)
+        calibration = agent.calibration_inputs(CALIBRATION_ROWS, seed)
+        graph = trace_agent(agent, calibration)
+        untrained = _describe(kind, agent, graph, calibration, seed)
+        tracker = ImportanceTracker(graph, agent.model)
+        start = time.perf_counter()
+        agent.train(seed, tracker, progress)
+        seconds = time.perf_counter() - start
+        states = agent.states()
+        needs = {importance.METRICS[metric].needs for metric in metrics if metric in importance.METRICS}
+        statistics = tracker.statistics() if "statistics" in needs else None
+        grams = None
+        if reconstruction == "gram" or "grams" in needs:
+            grams = record(graph, agent.model, lambda model: agent.program(model, calibration)).grams
+        scores = {
+            metric: importance.score(
+                metric, graph, state=states["model"], statistics=statistics, grams=grams, seed=seed
+            )
+            for metric in metrics
+        }
+        base = replace(
+            untrained,
+            states={section: to_arrays(state) for section, state in states.items()},
+            scores={metric: to_arrays(by_group) for metric, by_group in scores.items()},
+            history=to_arrays(tracker.history().to_tensors()),
+            grams=to_arrays(grams.to_tensors()) if grams is not None and reconstruction == "gram" else None,
+            performance={split: performance_of(agent, split) for split in SPLITS},
+            training_seconds=seconds,
+        )
+    _require_better_than_trivial(base, agent)
+    return base
+
+
+def untrained_base(
+    kind: str,
+    options: Mapping[str, Any],
+    *,
+    seed: int,
+    data: Mapping[str, Tensor] | None = None,
+    device: str = "cpu",
+) -> Base:
+    """The base of a `per_trial` search: shape, data and calibration inputs; each trial trains its own.
+
+    It has no scores and no performance. Its size is the size of every base that is trained from it.
+
+    Raises:
+        UserError: unknown kind or option.
+    """
+    with deterministic(seed):
+        agent = agent_class(kind)(options, None, data, device)
+        calibration = agent.calibration_inputs(CALIBRATION_ROWS, seed)
+        return _describe(kind, agent, trace_agent(agent, calibration), calibration, seed)
+
+
+def trace_agent(agent: Agent, calibration: Mapping[str, Tensor]) -> DependencyGraph:
+    """The dependency graph of an agent's model, traced on the first calibration rows."""
+    few = {name: rows[:TRACE_ROWS] for name, rows in calibration.items()}
+    return components.trace(
+        agent.model, lambda model: agent.program(model, few), components=agent.components, ties=agent.ties
+    )
+
+
+def _describe(
+    kind: str, agent: Agent, graph: DependencyGraph, calibration: Mapping[str, Tensor], seed: int
+) -> Base:
+    """The untrained base of an agent as it is."""
+    return Base(
+        kind=kind,
+        options=dict(agent.options),
+        widths=graph.widths,
+        seed=seed,
+        states={},
+        scores={},
+        history={},
+        calibration=to_arrays(calibration),
+        grams=None,
+        data=to_arrays(agent.data()),
+        parameters=parameter_count(agent.model),
+        macs=decision_macs(agent),
+        performance={},
+        trivial={split: float(agent.trivial(split)) for split in SPLITS},
+        training_seconds=0.0,
+    )
+
+
+def _require_better_than_trivial(base: Base, agent: Agent) -> None:
+    """Retention divides by the base's advantage over the trivial agent, so there has to be one."""
+    objective = agent.performance
+    for split, reached in base.performance.items():
+        trivial = base.trivial[split]
+        better = reached > trivial if objective.direction == "maximize" else reached < trivial
+        if not better:  # NaN is not better either
+            raise UserError(
+                f"the trained {base.kind} is no better than a trivial agent: its {split} {objective.name} is "
+                f"{reached:.6g}, the trivial one's {trivial:.6g}; train it for longer"
+            )

@@ -1,0 +1,547 @@
+"""Trials on a Ray cluster: the only place that knows Ray.
+
+The driver asks the study for plans and writes everything down; workers get a `TrialSpec` and give back a
+`TrialResult`. Each worker is one Ray Tune actor that is reused from trial to trial, so that a trial does not
+pay for a process, for importing torch or for unpacking the base. A trial whose worker dies is a failed trial;
+the search goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
+
+from components.errors import UserError
+from components.mixing import PruningPlan
+from search.trial_types import TrialResult, TrialSpec
+
+logger = logging.getLogger(__name__)
+
+RunTrial = Callable[[TrialSpec, Any, str], TrialResult]
+T = TypeVar("T")
+
+# So many failures to start, without any trial having been completed, are the cluster's, not the trials'.
+_STILLBORN_LIMIT = 3
+
+# In force while a search runs, in this process and in the local cluster that it starts.
+_ENVIRONMENT = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, whose announcement is a warning
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a table even when it is told to be silent
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files of every trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's waits up to 15 s for running trials; ours is below
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # snapshots that nobody reads
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # failures are reported by us
+}
+# What Ray sets by itself and leaves behind.
+_SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
+
+
+class Proposer(Protocol):
+    """Where plans come from, and where results go; `Study` in a search."""
+
+    def ask(self, number: int) -> tuple[PruningPlan, str]:
+        """The plan of trial `number`, and who proposed it."""
+
+    def tell(self, result: TrialResult) -> None:
+        """Learn from a finished trial, failed ones included."""
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """How a search ended.
+
+    Attributes:
+        complete: trials that were measured.
+        failed: trials that failed; each was recorded with its reason.
+        interrupted: Ctrl-C ended the search before all trials had run; running ones were dropped.
+        concurrency: trials that could run at once.
+        seconds: wall time, the cluster's start included.
+    """
+
+    complete: int
+    failed: int
+    interrupted: bool
+    concurrency: int
+    seconds: float
+
+
+def run_search(
+    numbers: Iterable[int],
+    *,
+    study: Proposer,
+    make_spec: Callable[[int, PruningPlan, str], TrialSpec],
+    run_trial: RunTrial,
+    base: object,
+    record: Callable[[TrialResult], None],
+    observers: Sequence[Callable[[TrialResult], None]] = (),
+    cpus: float = 1,
+    gpus: float | None = 0,
+    concurrency: int | None = None,
+    address: str | None = None,
+) -> SearchOutcome:
+    """Run the trials with these numbers on a Ray cluster, until all have finished or Ctrl-C is pressed.
+
+    Everything but `run_trial` is called in this process and thread. For each trial: `study.ask(number)`,
+    `make_spec`, `run_trial(spec, base, device)` on a worker, then `record(result)`, `study.tell(result)` and
+    every observer, in this order, exactly once. A trial is asked for only when a worker is free for it, so a
+    plan always builds on everything that was finished by then; with `concurrency=1` the search is sequential.
+
+    Args:
+        numbers: of the trials to run, in this order; none twice.
+        study: proposes plans; an exception in `tell` is logged, one in `ask` ends the search.
+        make_spec: trial number, plan and origin -> specification.
+        run_trial: a picklable function; `device` is "cpu" or "cuda". An exception in it, a result that is not
+            one or not finite, and a worker that dies each make a failed trial.
+        base: any picklable value, or None; it is put into the object store once, and unpacked once by each
+            worker. Its arrays are read-only there.
+        record: stores a result for good before anybody learns of it; an exception in it ends the search.
+        observers: called with each result; one that raises is logged and not called again.
+        cpus: CPUs of a trial; torch gets as many threads (at least one).
+        gpus: GPUs of a trial, possibly a fraction; None shares the GPUs that there are among the trials that
+            the CPUs admit.
+        concurrency: trials at once; None, or more than fit, for as many as fit.
+        address: of a running cluster; None starts one on this machine, and stops it afterwards.
+
+    Raises:
+        UserError: no cluster answers at `address`, no node of it can hold a trial, or no worker can start.
+        Exception: whatever `study.ask`, `make_spec` or `record` raised; what had finished is recorded.
+        KeyboardInterrupt: a second Ctrl-C while the first was being heeded.
+    """
+    started = time.monotonic()
+    with (
+        _environment(_ENVIRONMENT),
+        _quiet_ray(),
+        tempfile.TemporaryDirectory(prefix="prunefront-") as scratch,
+        _interruption() as interrupted,
+        _cluster(address),
+    ):
+        slots, gpus = _slots(cpus, gpus)
+        concurrency = max(1, min(slots, concurrency or slots))
+        driver = _Driver(
+            list(numbers),
+            study=study,
+            make_spec=make_spec,
+            record=record,
+            observers=list(observers),
+            concurrency=concurrency,
+            interrupted=interrupted,
+        )
+        if driver.numbers:
+            trainable = tune.with_resources(
+                tune.with_parameters(_Worker, base=base, run_trial=run_trial, cpus=cpus, gpus=gpus),
+                {"cpu": cpus, "gpu": gpus},
+            )
+            with suppress(_Stop):
+                tune.run(
+                    trainable,
+                    name="search",
+                    num_samples=len(driver.numbers),
+                    search_alg=_Searcher(driver),
+                    callbacks=[_Callback(driver)],
+                    storage_path=scratch,
+                    reuse_actors=True,
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                    trial_name_creator=_trial_name,
+                    trial_dirname_creator=_trial_name,
+                    raise_on_failed_trial=False,
+                    verbose=0,
+                )
+    if driver.fatal is not None:
+        raise driver.fatal
+    return SearchOutcome(
+        complete=driver.complete,
+        failed=driver.failed,
+        interrupted=driver.complete + driver.failed < len(driver.numbers),
+        concurrency=concurrency,
+        seconds=time.monotonic() - started,
+    )
+
+
+class _Driver:
+    """The state of a search in the driver; Tune's searcher and callback are two views of it."""
+
+    def __init__(
+        self,
+        numbers: list[int],
+        *,
+        study: Proposer,
+        make_spec: Callable[[int, PruningPlan, str], TrialSpec],
+        record: Callable[[TrialResult], None],
+        observers: list[Callable[[TrialResult], None]],
+        concurrency: int,
+        interrupted: threading.Event,
+    ) -> None:
+        self.numbers = numbers
+        self.concurrency = concurrency
+        self.complete = 0
+        self.failed = 0
+        self.fatal: BaseException | None = None
+        self._study = study
+        self._make_spec = make_spec
+        self._record = record
+        self._observers = observers
+        self._interrupted = interrupted
+        self._asked = 0
+        self._stillborn = 0  # workers that failed to start, one after the other
+        self._running: dict[str, tuple[TrialSpec, str]] = {}  # Tune's trial id -> specification, asked when
+
+    def next_spec(self, trial_id: str) -> TrialSpec | None:
+        """The next trial to run, or None while all workers are busy and once the search is ending."""
+        if self.ending or len(self._running) >= self.concurrency:
+            return None
+        number = self.numbers[self._asked]
+        try:
+            plan, origin = self._study.ask(number)
+            spec = self._make_spec(number, plan, origin)
+        except Exception as error:
+            self.fatal = error
+            return None
+        self._asked += 1
+        self._running[trial_id] = (spec, _now())
+        return spec
+
+    def finish(self, trial_id: str, outcome: object) -> None:
+        """Take in what became of a trial: a `TrialResult`, or one line saying why there is none."""
+        if trial_id not in self._running:
+            return
+        spec, asked = self._running.pop(trial_id)
+        if not isinstance(outcome, TrialResult):
+            outcome = TrialResult(
+                number=spec.number,
+                status="failed",
+                plan=spec.plan,
+                origin=spec.origin,
+                seed=spec.seed,
+                reason=str(outcome),
+                started=asked,
+                finished=_now(),
+            )
+        result = _checked(outcome)
+        try:
+            self._record(result)
+        except Exception as error:
+            self.fatal = error
+            return
+        if result.complete:
+            self.complete += 1
+        else:
+            self.failed += 1
+        try:
+            self._study.tell(result)
+        except Exception as error:
+            logger.warning(
+                "trial %d is stored, but the study did not take it: %s", spec.number, describe(error)
+            )
+        for observer in list(self._observers):
+            try:
+                observer(result)
+            except Exception as error:
+                self._observers.remove(observer)
+                logger.warning("an observer of the search failed and was dropped: %s", describe(error))
+
+    def lose(self, trial_id: str, account: str) -> None:
+        """A trial's worker is gone, or never was; `account` is what Ray wrote about it."""
+        reason, had_started = _reason_of_loss(account)
+        self._stillborn = 0 if had_started else self._stillborn + 1
+        self.finish(trial_id, reason)
+        if self._stillborn == _STILLBORN_LIMIT and not self.complete and self.fatal is None:
+            self.fatal = UserError(f"no worker can run trials: {reason}")
+
+    @property
+    def stopped(self) -> bool:
+        """Ctrl-C was pressed, or an exception makes going on pointless."""
+        return self._interrupted.is_set() or self.fatal is not None
+
+    @property
+    def ending(self) -> bool:
+        """No further trial will be asked for."""
+        return self.stopped or self._asked == len(self.numbers)
+
+    @property
+    def over(self) -> bool:
+        """No further result is waited for."""
+        return self.stopped or (self.ending and not self._running)
+
+
+class _Stop(BaseException):
+    """Unwinds Tune's loop. Not an `Exception`: for those, Tune first waits for its workers to stop."""
+
+
+class _Searcher(Searcher):
+    """Tune's source of configurations: one per free worker."""
+
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__()
+        self._driver = driver
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        spec = self._driver.next_spec(trial_id)
+        if spec is not None:
+            return {"spec": _Parcel(spec)}
+        # With no trial running, Tune would wait ten minutes for a configuration.
+        return Searcher.FINISHED if self._driver.ending else None
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Nothing: the study hears of a result from the callback, after it has been stored."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a search is resumed from its own records."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, see `save`."""
+
+
+class _Callback(tune.Callback):
+    """Tune's reports of what happens."""
+
+    def __init__(self, driver: _Driver) -> None:
+        self._driver = driver
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if self._driver.over:
+            raise _Stop
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        # Removed here, before Tune keeps a copy of every result it sees.
+        outcome = result.pop("outcome")
+        self._driver.finish(trial.trial_id, outcome.content)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        account = Path(trial.error_file).read_text() if trial.error_file else ""
+        self._driver.lose(trial.trial_id, account)
+
+
+class _Worker(tune.Trainable):
+    """One process that runs trial after trial."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Read by the base class; a variable of this process only.
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+        super().__init__(*args, **kwargs)
+
+    def setup(  # type: ignore[override]  # tune.with_parameters adds the rest
+        self, config: dict[str, Any], base: object, run_trial: RunTrial, cpus: float, gpus: float
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(cpus)))
+        self._device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
+        self._base = base
+        self._run_trial = run_trial
+        self._spec: TrialSpec = config["spec"].content
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._spec = new_config["spec"].content
+        return True
+
+    def step(self) -> dict[str, Any]:
+        outcome: object
+        try:
+            outcome = self._run_trial(self._spec, self._base, self._device)
+        except Exception as error:
+            outcome = describe(error)
+        if not isinstance(outcome, TrialResult | str):
+            outcome = f"the trial returned a {type(outcome).__name__} instead of a TrialResult"
+        return {"outcome": _Parcel(outcome), "done": True}
+
+
+class _Parcel(Generic[T]):
+    """A value that Tune hands on unseen: not copied, not flattened, and printed in one word."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: T) -> None:
+        self.content = content
+
+    def __repr__(self) -> str:
+        return type(self.content).__name__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Parcel[T]:
+        return self
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _checked(result: TrialResult) -> TrialResult:
+    """The result with arrays of its own, or a failed one if an objective is not finite."""
+    unfit = {name: value for name, value in result.objectives.items() if not math.isfinite(value)}
+    if result.complete and unfit:
+        reason = ", ".join(f"objective {name!r} is {value}" for name, value in unfit.items())
+        return replace(result, status="failed", reason=reason, objectives={}, state=None)
+    if result.state is None:
+        return result
+    # What came through the object store is read-only, and gone when the cluster is.
+    return replace(result, state={name: np.array(array) for name, array in result.state.items()})
+
+
+def _reason_of_loss(account: str) -> tuple[str, bool]:
+    """One line from Ray's account of how a worker was lost, and whether it had started."""
+    lines = [line.strip() for line in account.splitlines() if line.strip()]
+    last = lines[-1] if lines else "Ray gave no reason"
+    if "raised in its creation task" in account:
+        return f"the worker could not start: {last}", False
+    if "OutOfMemoryError" in account or "running low on memory" in account:
+        return "the worker was stopped because its machine ran out of memory", True
+    if "node has died" in account or "node was terminated" in account:
+        return "the worker was lost with its machine", True
+    if "The actor" in account:
+        return "the worker died: killed, out of memory, or crashed", True
+    return f"the worker was lost: {last}", True
+
+
+def _slots(cpus: float, gpus: float | None) -> tuple[int, float]:
+    """How many trials fit on the cluster at once, and the GPUs of each.
+
+    Raises:
+        UserError: no node can hold one trial.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    by_cpu = [int(node.get("CPU", 0) / cpus) for node in nodes]
+    if gpus is None:
+        shares = [n / node["GPU"] for n, node in zip(by_cpu, nodes, strict=True) if node.get("GPU") and n]
+        # Equal on every node with GPUs, so that trials do not depend on where they run.
+        gpus = 1 / math.ceil(max(shares)) if shares and max(shares) >= 1 else (1.0 if shares else 0.0)
+    fit = [
+        n if not gpus else min(n, int(node.get("GPU", 0) / gpus))
+        for n, node in zip(by_cpu, nodes, strict=True)
+    ]
+    if sum(fit) == 0:
+        most_cpus = max((node.get("CPU", 0) for node in nodes), default=0)
+        most_gpus = max((node.get("GPU", 0) for node in nodes), default=0)
+        raise UserError(
+            f"a trial needs {cpus:g} CPUs and {gpus:g} GPUs, but the largest node of the cluster has "
+            f"{most_cpus:g} CPUs and {most_gpus:g} GPUs"
+        )
+    return sum(fit), gpus
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"trial-{trial.trial_id}"
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Connected to a cluster; without an address, to one of this process's own."""
+    if address is None:
+        with _environment({"PYTHONPATH": _import_path()}):
+            # Never a bare init(): a stale file of an earlier cluster would make that hang.
+            ray.init(address="local", include_dashboard=False, configure_logging=False, log_to_driver=False)
+    else:
+        _require_answer(address)
+        try:
+            with _environment({"RAY_gcs_server_port_wait_time_s": "1"}):  # one attempt, not twenty
+                ray.init(address=address, configure_logging=False, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"no Ray cluster answers at address {address!r} ({describe(error)})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _import_path() -> str:
+    """Where this process finds modules besides its installation, for workers on this machine."""
+    installed = (sys.prefix, sys.base_prefix)
+    paths = [os.path.abspath(path) for path in sys.path if path]
+    return os.pathsep.join(path for path in paths if not path.startswith(installed))
+
+
+def _require_answer(address: str) -> None:
+    """Ask for an address that can be right, before Ray tries it for minutes."""
+    if address == "auto":
+        return
+    if address.startswith("ray://"):
+        raise UserError(
+            f"address {address!r} is a Ray Client address; start the search on a machine of the cluster, "
+            "with 'auto' or its 'host:port'"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"address {address!r} is neither 'auto' nor of the form 'host:port'")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"no Ray cluster answers at address {address!r} ({describe(error)})") from error
+
+
+@contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C; the second interrupts as usual. Signal handlers are as before afterwards."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield event
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the time being; those that Ray adds go with them."""
+    before = {name: os.environ.get(name) for name in (*variables, *_SET_BY_RAY)}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Ray's and Tune's own log lines are muted: what a user should know comes from us."""
+    ray_logger = logging.getLogger("ray")
+    level = ray_logger.level
+    # CRITICAL: Tune calls failed trials, and result files that it was told not to write, errors.
+    ray_logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        ray_logger.setLevel(level)

@@ -1,0 +1,157 @@
+"""What the commands do: one function each, from parsed arguments to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from components import UserError
+from components.errors import nearest
+from search.config import ExperimentConfig, load_experiment
+from search.front import Front, percent
+from search.front_table import (
+    WIDTH,
+    base_line,
+    front_table,
+    hypervolume_line,
+    retention_table,
+    verification_table,
+)
+from search.paste import command_name
+from search.run_directory import RunDirectory
+from search.selection import Wish
+from search.selection import select as choose
+
+
+def search(options: argparse.Namespace) -> int:
+    """Run an experiment and print its front; see `search.search_command`."""
+    from search.search_command import run
+
+    config, path = load(options)
+    return run(config, path, options.address, make_console())
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train the base of an experiment and store it."""
+    from search.experiment import check
+    from search.progress import TrainingProgress
+
+    checked = check(*load(options))
+    with TrainingProgress("base", make_console()) as progress:
+        run, base = checked.train(progress)
+    print(base_line(base, checked.agent.performance.name))
+    print(f"Stored in {run.base}; a search of the same experiment and name continues with it.")
+    return 0
+
+
+def front(options: argparse.Namespace) -> int:
+    """Print the front of a run, as tables or as JSON."""
+    run = find_run(options.run, options.runs_dir)
+    content = run.read_front()
+    found = Front.from_json(run.front, content)
+    if options.json:
+        print(json.dumps(content, indent=2, ensure_ascii=False))
+        return 0
+    print_front(found, make_console())
+    return 0
+
+
+def select(options: argparse.Namespace) -> int:
+    """Copy the bundle of the trial that meets a wish."""
+    from search.bundle import copy_bundle
+
+    run = find_run(options.run, options.runs_dir)
+    found = Front.from_json(run.front, run.read_front())
+    trial = choose(found, _wish(options))
+    copy_bundle(run.path / trial.bundle, options.out)
+    test = "" if trial.test_retention is None else f", on test data {trial.test_retention:.3f}"
+    print(
+        f"Trial {trial.trial} of {run.path}: {trial.parameters:,} parameters, {percent(trial.size_ratio)} of "
+        f"the base; retention {trial.retention:.3f}{test}.\n"
+        f"Copied to {options.out}. Check it with: {command_name()} verify {options.out}"
+    )
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Reproduce a bundle's outputs and measure it again; 1 if the outputs are others."""
+    from search.verification import verify_bundle
+
+    report = verify_bundle(options.bundle)
+    make_console().print(verification_table(report))
+    for change in report.changes:
+        print(f"Environment: {change}")
+    if report.not_measured is not None:
+        print(f"Performance was not measured again: {report.not_measured}")
+    if report.identical:
+        print(f"{options.bundle}: the outputs for {report.rows} stored inputs are the same, bit for bit.")
+        return 0
+    difference = f"the outputs differ from the stored ones by up to {report.difference:.2g} of their largest"
+    if report.passed:
+        print(f"{options.bundle}: {difference}, which another environment explains.")
+        return 0
+    print(
+        f"prunefront: {options.bundle}: {difference}; this is not the agent that was stored", file=sys.stderr
+    )
+    return 1
+
+
+def find_run(name_or_path: str, runs: Path) -> RunDirectory:
+    """The run directory of a path, or of a name in the directory of all runs.
+
+    Raises:
+        UserError: there is none; the sentence names the nearest.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return RunDirectory.open(path)
+    if path.name == name_or_path:
+        if (runs / path).is_dir():
+            return RunDirectory.open(runs / path)
+        known = [entry.name for entry in runs.iterdir() if entry.is_dir()] if runs.is_dir() else []
+        hint = nearest(name_or_path, known) if known else f"there are no runs in {runs}"
+        raise UserError(f"there is no run {name_or_path!r}: {hint}")
+    raise UserError(f"there is no run directory {path}")
+
+
+def load(options: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
+    """The experiment that the arguments describe, and where its run directory belongs."""
+    overrides = list(options.overrides)
+    if getattr(options, "trials", None) is not None:
+        overrides.append(f"search.trials={options.trials}")
+    if options.name is not None:
+        overrides.append(f"name={json.dumps(options.name)}")
+    config = load_experiment(options.experiment, overrides)
+    return config, options.runs_dir / config.name
+
+
+def print_front(found: Front, console: Console) -> None:
+    """A front as tables, with its hypervolumes."""
+    if not found.trials:
+        print(f"The front of {found.experiment} is empty: no complete trial meets the constraints.")
+        return
+    console.print(front_table(found))
+    console.print(retention_table(found))
+    print(hypervolume_line(found))
+
+
+def _wish(options: argparse.Namespace) -> Wish:
+    if options.min_retention is not None:
+        return Wish("min_retention", options.min_retention)
+    if options.max_parameters is not None:
+        return Wish("max_parameters", options.max_parameters)
+    if options.max_latency is not None:
+        return Wish("max_latency", options.max_latency)
+    if options.trial is not None:
+        return Wish("trial", options.trial)
+    return Wish("knee")
+
+
+def make_console() -> Console:
+    """Where tables go: the terminal's width, at most 100 columns, and 100 where output is redirected."""
+    terminal = Console()
+    return Console(width=min(WIDTH, terminal.width) if terminal.is_terminal else WIDTH)

@@ -1,0 +1,447 @@
+"""What a search should do: a strict, typed, frozen reading of an experiment's YAML.
+
+Every key is optional but `agent.kind`. Whatever cannot be meant is refused with one sentence: unknown keys
+(the nearest is named), wrong types, numbers out of range, keys given twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from components.errors import UserError, nearest
+from search import experiment_yaml
+from search.config_errors import Fault, sentence, shown
+
+if TYPE_CHECKING:
+    from agents.agent import Objective
+
+Metric = Literal[
+    "l1", "l2", "gradient", "taylor", "fisher", "gate_fisher", "bayesian", "reconstruction", "random"
+]
+Sampler = Literal["tpe", "nsga2", "gp", "random"]
+
+COSTS = {
+    "parameters": "parameters",
+    "macs": "multiply-accumulates",
+    "latency_median_ms": "ms",
+    "latency_p99_ms": "ms",
+}
+"""Objectives that every agent has, lower better, with their units; its performance is one more."""
+
+PERFORMANCES = ("reconstruction_error", "return")
+"""What the agents that come with the package call their performance."""
+
+MEASURED = ("parameters", "size_ratio", "macs", "retention")
+"""What every trial measures, so that constraints may name it; the objectives are measured as well."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A bound that a trial must meet to be feasible, such as `retention >= 0.5`.
+
+    Attributes:
+        name: an objective or another measurement of a trial.
+        operator: `>=` or `<=`.
+        bound: in the unit of the measurement, finite.
+    """
+
+    name: str
+    operator: Literal[">=", "<="]
+    bound: float
+
+    def violation(self, value: float) -> float:
+        """By how much a value misses the bound: <= 0 where it is met. NaN stays NaN."""
+        return self.bound - value if self.operator == ">=" else value - self.bound
+
+    @staticmethod
+    def parse(name: str, text: object) -> Constraint:
+        """The constraint that YAML writes as `name: ">= 0.5"`.
+
+        Raises:
+            Fault: the text is not `>=` or `<=` followed by a finite number; a `ValueError`.
+        """
+        match = re.fullmatch(r"\s*(>=|<=)\s*(\S+)\s*", text) if isinstance(text, str) else None
+        try:
+            bound = float(match[2]) if match else math.nan
+        except ValueError:
+            bound = math.nan
+        if match is None or not math.isfinite(bound):
+            reason = "it must be '>=' or '<=' and a number, such as '>= 0.5'"
+            raise Fault(reason, key=name, value=shown(text))
+        return Constraint(name, ">=" if match[1] == ">=" else "<=", bound)
+
+    def __str__(self) -> str:
+        return f"{self.operator} {self.bound!r}"
+
+
+def _parse_constraints(value: object) -> object:
+    if isinstance(value, Mapping):
+        return tuple(Constraint.parse(str(name), text) for name, text in value.items())
+    return value
+
+
+def _write_constraints(constraints: tuple[Constraint, ...]) -> dict[str, str]:
+    return {constraint.name: str(constraint) for constraint in constraints}
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise Fault(f"it lists {twice[0]!r} twice", value=shown(values))
+    return values
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Constraints = Annotated[
+    tuple[Constraint, ...], BeforeValidator(_parse_constraints), PlainSerializer(_write_constraints)
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, data: object) -> object:
+        """A section whose every key is commented out reads as null in YAML."""
+        return {} if data is None else data
+
+
+class AgentConfig(_Section):
+    """Which agent, with its own options; the agent validates those.
+
+    Attributes:
+        kind: a built-in agent such as `autoencoder`, or a user's own as `my_package.my_module:MyAgent`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str = Field(min_length=1)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything under `agent` but `kind`: a copy, JSON-able."""
+        return copy.deepcopy(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _plain_options(self) -> AgentConfig:
+        for path, value in _leaves(self.model_extra or {}, ""):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise Fault("it must be a finite number", key=path, value=shown(value))
+            if value is not None and not isinstance(value, bool | int | float | str):
+                raise Fault("it must be text, a number, a list or a mapping", key=path, value=shown(value))
+        return self
+
+
+class BaseAgentConfig(_Section):
+    """How the base is made: the trained, unpruned agent.
+
+    Attributes:
+        mode: `shared` trains it once for all trials; `per_trial` trains one inside every trial.
+        seed: of its training, >= 0.
+    """
+
+    mode: Literal["shared", "per_trial"] = "shared"
+    seed: int = Field(0, ge=0)
+
+
+class FineTuneConfig(_Section):
+    """Gradient steps after the closed-form repair.
+
+    Attributes:
+        method: one that the agent has; null is its first.
+        updates: gradient steps, >= 0; 0 leaves the reconstructed model as it is.
+    """
+
+    method: str | None = None
+    updates: int = Field(150, ge=0)
+
+
+class PruningConfig(_Section):
+    """What a trial does to the base.
+
+    Attributes:
+        metrics: importance metrics to mix; each one alone is an anchor trial.
+        coefficients: `shared` mixes alike everywhere; `per_component` mixes for every component on its own.
+        coefficients_force: search `per_component` coefficients even below 10 trials a dimension.
+        max_ratio: largest share of a group to remove, in (0, 1).
+        reconstruction: closed-form repair: `sequential`, layer after layer on repaired inputs; `gram`, from
+            cached statistics of the base; or `none`.
+        fine_tune: gradient steps after it.
+    """
+
+    metrics: Annotated[tuple[Metric, ...], BeforeValidator(_as_tuple)] = Field(
+        ("l2", "fisher", "reconstruction"), min_length=1
+    )
+    coefficients: Literal["shared", "per_component"] = "shared"
+    coefficients_force: bool = False
+    max_ratio: float = Field(0.98, gt=0, lt=1)
+    reconstruction: Literal["none", "gram", "sequential"] = "sequential"
+    fine_tune: FineTuneConfig = FineTuneConfig()
+
+    @field_validator("metrics")
+    @classmethod
+    def _distinct_metrics(cls, metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
+        return _distinct(metrics)
+
+
+class SearchConfig(_Section):
+    """How to search.
+
+    Attributes:
+        trials: the budget, >= 1, anchors and failures included.
+        sampler: `tpe`, `nsga2`, `gp` or `random`.
+        objectives: two or more give a front; null means `parameters` and the agent's performance. Names are
+            `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` and the agent's for its performance.
+        constraints: bounds that feasible trials meet, such as `{retention: ">= 0.5"}`.
+        seed: of all proposals and trials, >= 0.
+        concurrency: trials at a time, >= 1; null fills the resources. With 1, a search repeats bit for bit.
+        anchors: start with the dense model, uniform ratios and every pure metric.
+    """
+
+    trials: int = Field(64, ge=1)
+    sampler: Sampler = "tpe"
+    objectives: Annotated[tuple[str, ...] | None, BeforeValidator(_as_tuple)] = Field(None, min_length=1)
+    constraints: Constraints = ()
+    seed: int = Field(0, ge=0)
+    concurrency: int | None = Field(None, ge=1)
+    anchors: bool = True
+
+    @field_validator("objectives")
+    @classmethod
+    def _distinct_objectives(cls, objectives: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if objectives is None else _distinct(objectives)
+
+
+class ResourcesConfig(_Section):
+    """What one trial occupies.
+
+    Attributes:
+        cpus: > 0; a fraction shares a core.
+        gpus: >= 0, a fraction shares a GPU; `auto` shares the GPUs there are among the trials.
+    """
+
+    cpus: float = Field(1, gt=0)
+    gpus: Literal["auto"] | float = "auto"
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _auto_or_number(cls, gpus: object) -> object:
+        number = isinstance(gpus, int | float) and not isinstance(gpus, bool) and 0 <= gpus < math.inf
+        if gpus != "auto" and not number:
+            raise Fault("it must be 'auto' or a number, at least 0", value=shown(gpus))
+        return gpus
+
+
+class WandbConfig(_Section):
+    """Weights & Biases.
+
+    Attributes:
+        mode: `auto` is online where a key is configured and offline elsewhere.
+        project: the project that runs go to.
+        entity: user or team; null is the account's default.
+    """
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = Field("prunefront", min_length=1)
+    entity: str | None = None
+
+
+class ExperimentConfig(_Section):
+    """A whole experiment; immutable, and equal to what its YAML reads back as.
+
+    Attributes:
+        name: of the run directory, the Optuna study and the W&B group: letters, digits, `.`, `-` and `_`.
+    """
+
+    name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    agent: AgentConfig
+    base: BaseAgentConfig = BaseAgentConfig()
+    pruning: PruningConfig = PruningConfig()
+    search: SearchConfig = SearchConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _known_measurements(self) -> ExperimentConfig:
+        # What a user's own agent calls its performance is known to it alone: see `resolve_objectives`.
+        if ":" not in self.agent.kind:
+            _check_measurements(self.search.objectives or (), self.search.constraints, PERFORMANCES)
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved experiment, every key written out; `parse_experiment` reads it back equal."""
+        return experiment_yaml.dump(self.model_dump(mode="python"))
+
+
+def shipped_experiments() -> tuple[str, ...]:
+    """The names of the experiments that come with the package, sorted."""
+    entries = (entry.name for entry in files("search").joinpath("experiments").iterdir())
+    return tuple(sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml")))
+
+
+def load_experiment(name_or_path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The experiment of a shipped name or of a YAML file, with `key.path=value` overrides applied in order.
+
+    Whatever has a path separator or ends in `.yaml` or `.yml` is a file; an experiment without a `name` takes
+    the file's. Override values are YAML: `search.trials=200`, `pruning.metrics=[l2, fisher]`.
+
+    Raises:
+        UserError: naming the file and key, the offending value, what is allowed and the nearest key.
+    """
+    text, source, stem = _read(name_or_path)
+    return parse_experiment(text, source=source, name=stem, overrides=overrides)
+
+
+def parse_experiment(
+    text: str, *, source: str = "experiment", name: str | None = None, overrides: Sequence[str] = ()
+) -> ExperimentConfig:
+    """The experiment that a YAML text describes; `source` is what messages call it, `name` its default name.
+
+    Raises:
+        UserError: as `load_experiment`.
+    """
+    data = experiment_yaml.parse(text, source)
+    if data is None:
+        raise UserError(
+            f"{source} is empty: it must be a mapping with at least 'agent: {{kind: autoencoder}}'"
+        )
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{source} is {shown(data)}: it must be a mapping with keys such as 'agent' and 'search'"
+        )
+    if name is not None:
+        data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:128] or "experiment")
+    origins: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        path, value = _parse_override(override)
+        _assign(data, path, value, override)
+        origins[path] = f"--set {override}"
+    try:
+        return ExperimentConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError(sentence(error, ExperimentConfig, source, origins)) from None
+
+
+def resolve_objectives(
+    names: Sequence[str] | None, constraints: Sequence[Constraint], performance: Objective
+) -> tuple[Objective, ...]:
+    """The objectives of a search with direction and unit, once the agent's own is known.
+
+    Args:
+        names: as configured; None means `parameters` and the agent's performance.
+        constraints: checked as well: each must name something that a trial measures.
+        performance: the agent's.
+
+    Raises:
+        UserError: an objective or constraint names nothing that this agent's trials measure.
+    """
+    from agents.agent import Objective
+
+    chosen = tuple(names) if names is not None else ("parameters", performance.name)
+    try:
+        _check_measurements(chosen, constraints, (performance.name,))
+    except Fault as fault:
+        raise UserError(f"{fault.key} {fault}") from None
+    return tuple(
+        performance if name == performance.name else Objective(name, "minimize", COSTS[name])
+        for name in chosen
+    )
+
+
+def _check_measurements(
+    objectives: Sequence[str], constraints: Sequence[Constraint], performances: Sequence[str]
+) -> None:
+    """Refuse names of what trials do not measure.
+
+    Raises:
+        Fault: with the whole key path.
+    """
+    for name in objectives:
+        if name not in COSTS and name not in performances:
+            allowed = nearest(name, [*COSTS, *performances])
+            raise Fault(f"has the unknown objective {name!r}: {allowed}", key="search.objectives")
+    measured = {*MEASURED, *performances, *objectives}
+    for constraint in constraints:
+        if constraint.name not in measured:
+            allowed = nearest(constraint.name, measured)
+            raise Fault(f"is not measured: {allowed}", key=f"search.constraints.{constraint.name}")
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _leaves(entry, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _leaves(entry, f"{path}.{index}")
+    else:
+        yield path, value
+
+
+def _read(name_or_path: str) -> tuple[str, str, str]:
+    """Text, what to call it, and the name it gives an experiment that has none."""
+    is_path = "/" in name_or_path or "\\" in name_or_path or name_or_path.endswith((".yaml", ".yml"))
+    if not is_path:
+        if name_or_path not in shipped_experiments():
+            raise UserError(
+                f"unknown experiment {name_or_path!r}: {nearest(name_or_path, shipped_experiments())}; "
+                "a file is given by its path, such as ./mine.yaml"
+            )
+        resource = files("search").joinpath("experiments", f"{name_or_path}.yaml")
+        return resource.read_text(encoding="utf-8"), f"experiment {name_or_path}", name_or_path
+    path = Path(name_or_path)
+    try:
+        return path.read_text(encoding="utf-8"), str(path), path.stem
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a YAML text: it is not UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"experiment {path} cannot be read: {reason or error}") from None
+
+
+def _parse_override(override: str) -> tuple[tuple[str, ...], Any]:
+    key, equals, text = override.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise UserError(f"--set {override}: it must be key=value, such as search.trials=200")
+    if text.lstrip().startswith(">="):  # a constraint, not the folded text that YAML would take it for
+        return path, text.strip()
+    return path, experiment_yaml.parse(text, f"--set {override}")
+
+
+def _assign(data: dict[str, Any], path: tuple[str, ...], value: Any, override: str) -> None:
+    """Set a value in a fresh, nested mapping; missing sections are made."""
+    section = data
+    for depth, part in enumerate(path[:-1], start=1):
+        entry = section.get(part)
+        if entry is None:
+            entry = section[part] = {}
+        if not isinstance(entry, dict):
+            parent = ".".join(path[:depth])
+            raise UserError(f"--set {override}: {parent} is {shown(entry)}, which has no keys of its own")
+        section = entry
+    section[path[-1]] = value

@@ -1,0 +1,246 @@
+"""An experiment from its configuration to its front: check, train the base, run trials, measure the front."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from agents.agent import Agent, Objective, agent_class
+from components import UserError
+from components.errors import nearest
+from components.mixing import PruningPlan
+from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
+from search.base_files import load_base, save_base
+from search.cluster import SearchOutcome, run_search
+from search.config import ExperimentConfig, parse_experiment, resolve_objectives
+from search.durable_files import write_text
+from search.front import Front
+from search.front_keeper import FrontKeeper
+from search.prepared_base import PreparedBase, prepare
+from search.run_directory import RunDirectory
+from search.space import SearchSpace
+from search.study import Study
+from search.trial import run_trial
+from search.trial_types import TrialResult, TrialSettings, TrialSpec, trial_seed
+
+
+@dataclass(frozen=True)
+class CheckedExperiment:
+    """An experiment in which nothing is wrong that can be seen before the work begins; made by `check`.
+
+    Attributes:
+        config: the experiment.
+        path: of the run directory, which may not exist yet.
+        agent: the untrained, unpruned agent.
+        objectives: with directions and units.
+        space: what is searched.
+    """
+
+    config: ExperimentConfig
+    path: Path
+    agent: Agent
+    objectives: tuple[Objective, ...]
+    space: SearchSpace
+
+    def make_ready(self, progress: Progress) -> ReadySearch:
+        """Make the run directory, train the base and store it, or go on with one that `train` left.
+
+        Args:
+            progress: is told how far the training of the base is.
+
+        Raises:
+            UserError: the run directory is in use, or the base did not learn; nothing is left behind then.
+        """
+        if _holds_base_only(self.path, self.config):
+            run = RunDirectory.open(self.path)
+            base = load_base(run.base)
+            write_text(run.experiment, self.config.to_yaml())
+        elif self.config.base.mode == "shared":
+            run, base = self.train(progress)
+        else:
+            run = RunDirectory.create(self.path, self.config.to_yaml())
+            base = untrained_base(
+                self.config.agent.kind, self.agent.options, seed=self.config.base.seed, data=self.agent.data()
+            )
+        dense = prepare(base)
+        pruning = self.config.pruning
+        settings = TrialSettings(
+            metrics=pruning.metrics,
+            objectives=tuple(objective.name for objective in self.objectives),
+            reconstruction=pruning.reconstruction,
+            fine_tune_method=pruning.fine_tune.method,
+            fine_tune_updates=pruning.fine_tune.updates,
+            base_mode=self.config.base.mode,
+            threads=_threads(self.config),
+        )
+        keeper = FrontKeeper(run, dense, self.objectives, self.config.search.constraints, settings.threads)
+        return ReadySearch(self.config, run, base, dense, self.objectives, self.space, settings, keeper)
+
+    def train(self, progress: Progress) -> tuple[RunDirectory, Base]:
+        """Make a run directory that holds the experiment and its base alone; `make_ready` goes on with it.
+
+        Raises:
+            UserError: as `make_ready`.
+        """
+        run = RunDirectory.create(self.path, self.config.to_yaml())
+        try:
+            base = train_base(
+                self.config.agent.kind,
+                self.agent.options,
+                seed=self.config.base.seed,
+                metrics=self.config.pruning.metrics,
+                reconstruction=self.config.pruning.reconstruction,
+                data=self.agent.data(),
+                device=_device(self.config),
+                threads=_threads(self.config),
+                progress=progress,
+            )
+            save_base(base, run.base)
+        except BaseException:
+            shutil.rmtree(run.path, ignore_errors=True)  # made just now, and worth nothing without a base
+            raise
+        return run, base
+
+
+@dataclass(frozen=True)
+class ReadySearch:
+    """A search whose base is trained and stored; nothing is left but its trials.
+
+    Attributes:
+        config: the experiment.
+        run: its directory.
+        base: trained, or untrained where every trial trains its own.
+        dense: the base, ready on the CPU of the driver.
+        objectives: with directions and units.
+        space: what is searched.
+        settings: what all trials share.
+        keeper: takes in results; its `results` and `members` are the state of the search.
+    """
+
+    config: ExperimentConfig
+    run: RunDirectory
+    base: Base
+    dense: PreparedBase
+    objectives: tuple[Objective, ...]
+    space: SearchSpace
+    settings: TrialSettings
+    keeper: FrontKeeper
+
+    def search(
+        self, observers: Sequence[Callable[[TrialResult], None]] = (), address: str | None = None
+    ) -> SearchOutcome:
+        """Run all trials on a Ray cluster; returns early, with what is finished, on Ctrl-C.
+
+        Args:
+            observers: called with every result, without its state, after it was stored.
+            address: of a running cluster; None starts one on this machine.
+
+        Raises:
+            UserError: no cluster answers, or it cannot hold a trial.
+        """
+        search = self.config.search
+        gpus = self.config.resources.gpus
+        study = Study(
+            self.space,
+            self.objectives,
+            search.sampler,
+            search.seed,
+            search.constraints,
+            self.run.study,
+            name=self.run.path.name,
+            trials=search.trials,
+            anchors=search.anchors,
+        )
+        try:
+            return run_search(
+                range(search.trials),
+                study=study,
+                make_spec=self.specify,
+                run_trial=run_trial,
+                base=self.base,
+                record=self.keeper.record,
+                observers=observers,
+                cpus=self.config.resources.cpus,
+                gpus=None if gpus == "auto" else gpus,
+                concurrency=search.concurrency,
+                address=address,
+            )
+        finally:
+            study.close()
+
+    def specify(self, number: int, plan: PruningPlan, origin: str) -> TrialSpec:
+        """The specification of one trial."""
+        return TrialSpec(number, plan, origin, trial_seed(self.config.search.seed, number), self.settings)
+
+    def finish(self, outcome: SearchOutcome) -> Front:
+        """The final front; its trials are measured on test data unless the search was interrupted.
+
+        Raises:
+            UserError: not one trial was completed; the sentence says why the first failed.
+        """
+        if outcome.complete == 0 and not outcome.interrupted:
+            first = min(self.keeper.results, key=lambda result: result.number)
+            raise UserError(
+                f"none of the {outcome.failed} trials was completed, so there is no front: "
+                f"trial {first.number} failed in {first.reason}"
+            )
+        return self.keeper.finish(measure_again=not outcome.interrupted)
+
+
+def check(config: ExperimentConfig, path: Path) -> CheckedExperiment:
+    """Everything that can be checked before the work begins; nothing is written.
+
+    Raises:
+        UserError: an unknown agent, option, fine-tuning method or objective, nothing to prune, a budget too
+            small for the space, or a run directory that is in use.
+    """
+    kind = config.agent.kind
+    agent = agent_class(kind)(config.agent.options)
+    method = config.pruning.fine_tune.method
+    if method is not None and method not in agent.fine_tune_methods:
+        known = nearest(method, agent.fine_tune_methods)
+        raise UserError(f"pruning.fine_tune.method is {method!r}, which {kind} does not have: {known}")
+    objectives = resolve_objectives(config.search.objectives, config.search.constraints, agent.performance)
+    if path.exists() and not _holds_base_only(path, config):
+        raise RunDirectory.in_use(path)
+    graph = trace_agent(agent, agent.calibration_inputs(TRACE_ROWS, config.base.seed))
+    space = SearchSpace.build(
+        graph.groups,
+        metrics=config.pruning.metrics,
+        max_ratio=config.pruning.max_ratio,
+        coefficients=config.pruning.coefficients,
+        trials=config.search.trials,
+        force=config.pruning.coefficients_force,
+    )
+    return CheckedExperiment(config, path, agent, objectives, space)
+
+
+def _holds_base_only(path: Path, config: ExperimentConfig) -> bool:
+    """Whether `train` made this directory, and what it trained is what the experiment asks for."""
+    run = RunDirectory(path)
+    if run.trials.exists() or not (run.base / "metrics.json").is_file() or not run.experiment.is_file():
+        return False
+    try:
+        before = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))
+    except (UserError, UnicodeDecodeError):
+        return False
+    return _base_settings(before) == _base_settings(config)
+
+
+def _base_settings(config: ExperimentConfig) -> tuple[object, ...]:
+    """Everything that a base depends on."""
+    needs_grams = config.pruning.reconstruction == "gram"
+    return (config.agent, config.base, config.pruning.metrics, needs_grams, _threads(config))
+
+
+def _threads(config: ExperimentConfig) -> int:
+    return max(1, int(config.resources.cpus))
+
+
+def _device(config: ExperimentConfig) -> str:
+    """Where the driver trains the base: on the GPU if there is one and trials may use it."""
+    return "cuda" if config.resources.gpus != 0 and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,307 @@
+"""The front: the feasible, non-dominated trials of a search, and `front.json`.
+
+Membership is decided on what the search saw, validation data. What the trials reach on test data, measured
+once at the end, stands beside it and decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from search import pareto
+from search.durable_files import CorruptFileError, field, number
+
+if TYPE_CHECKING:
+    from agents.agent import Objective
+    from components.mixing import Coefficients
+    from search.base import Base
+    from search.config import Constraint
+    from search.trial_types import TrialResult
+
+REFERENCE_POINT = {"size_ratio": 1.0, "retention": 0.0}
+"""Where the hypervolume begins: the size of the base and what a trivial agent retains."""
+
+
+@dataclass(frozen=True)
+class Remeasured:
+    """What a trial of the front reaches when the search is over.
+
+    Attributes:
+        performance: the agent's performance measure on test data.
+        retention: the same as retention, of test data.
+        latencies: `latency_median_ms` and `latency_p99_ms`, one trial at a time on an otherwise idle machine;
+            empty where no latency was asked for.
+        host: where that was.
+    """
+
+    performance: float
+    retention: float
+    latencies: Mapping[str, float]
+    host: str
+
+
+@dataclass(frozen=True)
+class FrontTrial:
+    """A trial of the front, as `front.json` has it.
+
+    Attributes:
+        trial: its number.
+        origin: who proposed it.
+        parameters, size_ratio, macs: its size.
+        objectives: declared objective -> value; latencies are those measured at the end, once they are.
+        retention: on validation data.
+        test_performance, test_retention: on test data; None until the search has ended.
+        coefficients, ratios: its plan.
+        bundle: path of its bundle, relative to the run directory.
+        latency_host: where latencies were measured; None where none were.
+    """
+
+    trial: int
+    origin: str
+    parameters: int
+    size_ratio: float
+    macs: int
+    objectives: Mapping[str, float]
+    retention: float
+    test_performance: float | None
+    test_retention: float | None
+    coefficients: Coefficients
+    ratios: Mapping[str, float]
+    bundle: str
+    latency_host: str | None = None
+
+
+@dataclass(frozen=True)
+class Front:
+    """The feasible, non-dominated trials of a search, smallest first.
+
+    Attributes:
+        experiment: the name of the search.
+        objectives: each with `name`, `direction` and `unit`.
+        performance: which name the agent's performance has.
+        base: `parameters`, `macs`, `performance`, `trivial`, `seed`, `training_seconds`.
+        trials: sorted by parameters, then by retention.
+    """
+
+    experiment: str
+    objectives: tuple[Mapping[str, str], ...]
+    performance: str
+    base: Mapping[str, Any]
+    trials: tuple[FrontTrial, ...]
+
+    @property
+    def tested(self) -> bool:
+        """True once every trial was measured on test data."""
+        return all(trial.test_retention is not None for trial in self.trials)
+
+    def hypervolumes(self) -> dict[str, float]:
+        """`hypervolume` (over log size), `hypervolume_linear`, and both with `test_` for test data."""
+        sizes = [trial.size_ratio for trial in self.trials]
+        retention = [trial.retention for trial in self.trials]
+        found = {
+            "hypervolume": pareto.hypervolume_log(sizes, retention),
+            "hypervolume_linear": pareto.hypervolume_linear(sizes, retention),
+        }
+        if self.tested:
+            test = [trial.test_retention or 0.0 for trial in self.trials]
+            found["test_hypervolume"] = pareto.hypervolume_log(sizes, test)
+            found["test_hypervolume_linear"] = pareto.hypervolume_linear(sizes, test)
+        return found
+
+    def retention_at(self) -> list[dict[str, Any]]:
+        """For sizes up to 1, 2, 5, 10 and 25 % the trial with the best retention, and its test retention."""
+        rows = []
+        for threshold in pareto.SIZE_THRESHOLDS:
+            best: FrontTrial | None = None
+            if self.trials:
+                sizes = [trial.size_ratio for trial in self.trials]
+                chosen = pareto.best_within(sizes, [trial.retention for trial in self.trials], threshold)
+                best = self.trials[chosen.index] if chosen.satisfied else None
+            rows.append(
+                {
+                    "size_ratio": threshold,
+                    "trial": None if best is None else best.trial,
+                    "retention": None if best is None else best.retention,
+                    "test_retention": None if best is None else best.test_retention,
+                }
+            )
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `front.json`."""
+        trials = []
+        for trial in self.trials:
+            entry: dict[str, Any] = {
+                "trial": trial.trial,
+                "origin": trial.origin,
+                "parameters": trial.parameters,
+                "size_ratio": trial.size_ratio,
+                "macs": trial.macs,
+            }
+            entry.update({name: value for name, value in trial.objectives.items() if name not in entry})
+            entry.update(
+                {
+                    "retention": trial.retention,
+                    "test_retention": trial.test_retention,
+                    f"test_{self.performance}": trial.test_performance,
+                    "coefficients": trial.coefficients,
+                    "ratios": dict(trial.ratios),
+                    "bundle": trial.bundle,
+                }
+            )
+            if trial.latency_host is not None:
+                entry["latency_host"] = trial.latency_host
+            trials.append(entry)
+        return {
+            "experiment": self.experiment,
+            "objectives": [dict(objective) for objective in self.objectives],
+            "performance": self.performance,
+            "base": dict(self.base),
+            "reference_point": {**REFERENCE_POINT, "smallest_size_ratio": pareto.SMALLEST_SIZE},
+            **self.hypervolumes(),
+            "retention_at": self.retention_at(),
+            "trials": trials,
+        }
+
+    @staticmethod
+    def from_json(path: Path, content: Mapping[str, Any]) -> Front:
+        """The front that `to_json` wrote; `path` is what messages call it.
+
+        Raises:
+            CorruptFileError: something is missing or of the wrong type.
+        """
+        objectives = field(path, content, "objectives", list)
+        if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in objectives):
+            raise CorruptFileError(f"{path} is corrupt: 'objectives' is {objectives!r}")
+        performance = field(path, content, "performance", str)
+        trials = field(path, content, "trials", list)
+        if not all(isinstance(entry, dict) for entry in trials):
+            raise CorruptFileError(f"{path} is corrupt: 'trials' holds something that is no object")
+        names = [entry["name"] for entry in objectives]
+        return Front(
+            experiment=field(path, content, "experiment", str),
+            objectives=tuple(objectives),
+            performance=performance,
+            base=field(path, content, "base", dict),
+            trials=tuple(_front_trial(path, entry, names, performance) for entry in trials),
+        )
+
+
+def front_results(
+    results: Sequence[TrialResult], objectives: Sequence[Objective], constraints: Sequence[Constraint]
+) -> list[TrialResult]:
+    """The complete, feasible, non-dominated results: smallest first, equal sizes by retention, then number.
+
+    A trial that lacks a measurement that a constraint bounds is not feasible.
+    """
+    candidates = [result for result in results if result.complete and _feasible(result, constraints)]
+    if not candidates:
+        return []
+    values = np.array([[result.objectives[o.name] for o in objectives] for result in candidates])
+    chosen = pareto.front(values, [objective.direction for objective in objectives])
+    return sorted((candidates[index] for index in chosen), key=_by_size)
+
+
+def build_front(
+    experiment: str,
+    objectives: Sequence[Objective],
+    performance: str,
+    base: Base,
+    members: Sequence[TrialResult],
+    remeasured: Mapping[int, Remeasured] | None = None,
+) -> Front:
+    """The front of these results, as `front_results` gives them.
+
+    Args:
+        experiment: the name of the search.
+        objectives: declared objectives.
+        performance: the name of the agent's performance measure.
+        base: what the trials were pruned from.
+        members: complete results, sorted.
+        remeasured: trial -> what it reached at the end of the search.
+    """
+    again = remeasured or {}
+    return Front(
+        experiment=experiment,
+        objectives=tuple({"name": o.name, "direction": o.direction, "unit": o.unit} for o in objectives),
+        performance=performance,
+        base={
+            "parameters": base.parameters,
+            "macs": base.macs,
+            "performance": dict(base.performance),
+            "trivial": dict(base.trivial),
+            "widths": dict(base.widths),
+            "seed": base.seed,
+            "training_seconds": base.training_seconds,
+        },
+        trials=tuple(_member(result, again.get(result.number)) for result in members),
+    )
+
+
+def percent(ratio: float) -> str:
+    """A size ratio as a percentage with three significant digits at most."""
+    value = 100 * ratio
+    return f"{value:.0f} %" if value >= 99.95 or value == round(value) else f"{value:.3g} %"
+
+
+def _member(result: TrialResult, again: Remeasured | None) -> FrontTrial:
+    assert result.parameters is not None
+    assert result.size_ratio is not None
+    assert result.macs is not None
+    assert result.retention is not None
+    latencies = {} if again is None else {n: v for n, v in again.latencies.items() if n in result.objectives}
+    return FrontTrial(
+        trial=result.number,
+        origin=result.origin,
+        parameters=result.parameters,
+        size_ratio=result.size_ratio,
+        macs=result.macs,
+        objectives={**result.objectives, **latencies},
+        retention=result.retention,
+        test_performance=None if again is None else again.performance,
+        test_retention=None if again is None else again.retention,
+        coefficients=result.plan.coefficients,
+        ratios=result.plan.ratios,
+        bundle=f"models/{result.number}",
+        latency_host=again.host if again is not None and latencies else None,
+    )
+
+
+def _feasible(result: TrialResult, constraints: Sequence[Constraint]) -> bool:
+    for constraint in constraints:
+        measured = result.measurement(constraint.name)
+        if measured is None or not constraint.violation(measured) <= 0:
+            return False
+    return True
+
+
+def _by_size(result: TrialResult) -> tuple[float, float, int]:
+    return (result.parameters or 0, -(result.retention or 0.0), result.number)
+
+
+def _front_trial(
+    path: Path, entry: Mapping[str, Any], objectives: Sequence[str], performance: str
+) -> FrontTrial:
+    def optional(name: str) -> float | None:
+        return None if entry.get(name) is None else number(path, entry, name)
+
+    return FrontTrial(
+        trial=field(path, entry, "trial", int),
+        origin=field(path, entry, "origin", str),
+        parameters=field(path, entry, "parameters", int),
+        size_ratio=number(path, entry, "size_ratio"),
+        macs=field(path, entry, "macs", int),
+        objectives={name: number(path, entry, name) for name in objectives},
+        retention=number(path, entry, "retention"),
+        test_performance=optional(f"test_{performance}"),
+        test_retention=optional("test_retention"),
+        coefficients=field(path, entry, "coefficients", dict),
+        ratios=field(path, entry, "ratios", dict),
+        bundle=field(path, entry, "bundle", str),
+        latency_host=entry.get("latency_host"),
+    )

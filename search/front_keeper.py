@@ -1,0 +1,107 @@
+"""Keeps a run directory up to date while trials finish: records, the current front and its bundles."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from agents.agent import Objective
+from search.base import retention
+from search.bundle import add_test_measurements, load_bundle, save_bundle
+from search.config import Constraint
+from search.determinism import deterministic
+from search.front import Front, Remeasured, build_front, front_results
+from search.measurement import LATENCIES, decision_latency, performance_of
+from search.prepared_base import PreparedBase
+from search.run_directory import RunDirectory
+from search.trial_types import TrialResult
+
+
+class FrontKeeper:
+    """The driver's memory of a search; every finished trial goes through `record`.
+
+    Args:
+        run: where everything is written.
+        dense: what trials are pruned from, on the CPU.
+        objectives, constraints: what makes the front.
+        threads: CPU threads of a trial.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        dense: PreparedBase,
+        objectives: Sequence[Objective],
+        constraints: Sequence[Constraint],
+        threads: int,
+    ) -> None:
+        self._run = run
+        self._dense = dense
+        self._objectives = tuple(objectives)
+        self._constraints = tuple(constraints)
+        self._threads = threads
+        self.results: list[TrialResult] = []
+        self.members: list[TrialResult] = []
+
+    def record(self, result: TrialResult) -> None:
+        """Store a finished trial for good, and a bundle of it if it is on the front now.
+
+        In this order, so that a crash at any point leaves a directory that is true: the record, the bundle,
+        front.json, and only then the removal of bundles that have left the front.
+        """
+        self._run.append_trial(result)
+        slim = replace(result, state=None)
+        self.results.append(slim)
+        if not result.complete:
+            return
+        # A dominated trial never comes back, so only the present members can stay.
+        members = front_results([*self.members, slim], self._objectives, self._constraints)
+        if slim not in members:
+            return
+        save_bundle(self._run.bundle(result.number), self._dense, result, self._threads)
+        self.members = members
+        self._run.write_front(self.front().to_json())
+        self._run.remove_bundles_but(member.number for member in members)
+
+    def front(self, remeasured: Mapping[int, Remeasured] | None = None) -> Front:
+        """The present front."""
+        return build_front(
+            self._run.path.name,
+            self._objectives,
+            self._dense.agent.performance.name,
+            self._dense.base,
+            self.members,
+            remeasured,
+        )
+
+    def finish(self, measure_again: bool) -> Front:
+        """Write the final front, if a trial was completed.
+
+        Args:
+            measure_again: measure the front's bundles on test data, and latencies one by one on this machine.
+        """
+        remeasured: dict[int, Remeasured] = {}
+        for member in self.members if measure_again else ():
+            remeasured[member.number] = self._measure_again(member)
+            add_test_measurements(
+                self._run.bundle(member.number), self._dense.agent.performance.name, remeasured[member.number]
+            )
+        front = self.front(remeasured)
+        if any(result.complete for result in self.results):
+            self._run.write_front(front.to_json())
+        return front
+
+    def _measure_again(self, member: TrialResult) -> Remeasured:
+        bundle = load_bundle(self._run.bundle(member.number), data=self._dense.agent.data())
+        with deterministic(member.seed, self._threads):
+            performance = performance_of(bundle.agent, "test")
+            wanted = LATENCIES & {objective.name for objective in self._objectives}
+            latencies = decision_latency(bundle.agent) if wanted else {}
+        trivial = self._dense.base.trivial["test"]
+        return Remeasured(
+            performance=performance,
+            retention=retention(performance, member.base_performance["test"], trivial),
+            latencies=latencies,
+            host=platform.node(),
+        )

@@ -1,0 +1,154 @@
+"""A front as people read it in a terminal: at most 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from search.front import Front, FrontTrial, percent
+
+if TYPE_CHECKING:
+    from search.base import Base
+    from search.trial_types import TrialResult
+    from search.verification import VerificationReport
+
+WIDTH = 100
+"""Columns of everything that is printed."""
+
+SHOWN_FAILURES = 5
+"""Different reasons of failure that are listed."""
+
+
+def front_table(front: Front) -> Table:
+    """Size, cost and performance of a front's trials, smallest first; performance on test data once known."""
+    table = _table(f"Front of {front.experiment}: {len(front.trials)} trials")
+    extra = [name for name in _names(front) if name not in ("parameters", "macs", front.performance)]
+    split = "test" if front.tested else "validation"
+    for heading in ("trial", "size", "parameters", "MACs", "retention", "test"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in (front.performance, *extra):
+        suffix = f"\n({split})" if name == front.performance else ""
+        table.add_column(name.replace("_", " ") + suffix, justify="right")
+    table.add_column("proposed by", overflow="ellipsis", no_wrap=True)
+    for trial in front.trials:
+        table.add_row(
+            str(trial.trial),
+            percent(trial.size_ratio),
+            f"{trial.parameters:,}",
+            f"{trial.macs:,}",
+            _ratio(trial.retention),
+            _ratio(trial.test_retention),
+            _number(_performance(trial, front)),
+            *(_number(trial.objectives.get(name)) for name in extra),
+            trial.origin.removeprefix("anchor: "),
+        )
+    return table
+
+
+def base_line(base: Base, performance: str) -> str:
+    """What the base is and achieves, in one line."""
+    widths = ", ".join(f"{group} {width}" for group, width in base.widths.items())
+    return (
+        f"Base: {base.parameters:,} parameters ({widths}), trained in {base.training_seconds:.0f} s; "
+        f"{performance.replace('_', ' ')} on validation data {_number(base.performance['validation'])}, "
+        f"that of a trivial agent {_number(base.trivial['validation'])}."
+    )
+
+
+def retention_table(front: Front) -> Table:
+    """The best retention at or below 1, 2, 5, 10 and 25 % of the base's size, chosen on validation data."""
+    table = _table("Best retention at or below a size")
+    rows = front.retention_at()
+    table.add_column("size", no_wrap=True)
+    for row in rows:
+        table.add_column(f"≤ {percent(row['size_ratio'])}", justify="right", no_wrap=True)
+    for key in ("retention", "test_retention", "trial"):
+        name = key.replace("_", " ")
+        shown = str if key == "trial" else _ratio
+        table.add_row(name, *("–" if row[key] is None else shown(row[key]) for row in rows))
+    return table
+
+
+def hypervolume_line(front: Front) -> str:
+    """Both hypervolumes in one line."""
+    volumes = front.hypervolumes()
+    line = (
+        f"Hypervolume {volumes['hypervolume']:.3f} over log size, {volumes['hypervolume_linear']:.3f} linear"
+    )
+    if front.tested and front.trials:
+        line += (
+            f"; on test data {volumes['test_hypervolume']:.3f} and {volumes['test_hypervolume_linear']:.3f}"
+        )
+    return line
+
+
+def failure_lines(results: Sequence[TrialResult]) -> list[str]:
+    """How many trials failed, and why: one line per reason, most frequent first."""
+    by_reason: dict[str, list[int]] = {}
+    for result in results:
+        if not result.complete:
+            by_reason.setdefault(result.reason or "unknown", []).append(result.number)
+    if not by_reason:
+        return []
+    failed = sum(len(numbers) for numbers in by_reason.values())
+    lines = [f"{failed} of {len(results)} trials failed:"]
+    ordered = sorted(by_reason.items(), key=lambda item: (-len(item[1]), min(item[1])))
+    for reason, numbers in ordered[:SHOWN_FAILURES]:
+        which = f"trial {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} trials, first {min(numbers)}"
+        lines.append(f"  {which}: {reason}")
+    if len(ordered) > SHOWN_FAILURES:
+        lines.append(f"  and {len(ordered) - SHOWN_FAILURES} other reasons, all in trials.jsonl")
+    return lines
+
+
+def stage_table(results: Sequence[TrialResult]) -> Table:
+    """Where the trials' time went."""
+    table = _table("Time in the stages of a trial")
+    seconds: dict[str, list[float]] = {}
+    for result in results:
+        for stage, spent in result.timings.items():
+            seconds.setdefault(stage, []).append(spent)
+    table.add_column("stage", no_wrap=True)
+    for stage in seconds:
+        table.add_column(stage.replace("_", " "), justify="right", no_wrap=True)
+    table.add_row("median, ms", *(f"{1000 * median(spent):,.0f}" for spent in seconds.values()))
+    table.add_row("sum, s", *(f"{sum(spent):,.1f}" for spent in seconds.values()))
+    return table
+
+
+def verification_table(report: VerificationReport) -> Table:
+    """What a bundle says of itself, and what it measures now."""
+    table = _table("Measured again")
+    for heading in ("", "stored", "now"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for row in report.measurements:
+        table.add_row(row.name.replace("_", " "), _number(row.stored), _number(row.now))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _names(front: Front) -> list[str]:
+    return [objective["name"] for objective in front.objectives]
+
+
+def _performance(trial: FrontTrial, front: Front) -> float | None:
+    return trial.test_performance if front.tested else trial.objectives.get(front.performance)
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.4g}"

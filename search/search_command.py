@@ -1,0 +1,167 @@
+"""`prunefront search`: run an experiment while people watch, say what came of it and where to look next."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from search.cluster import SearchOutcome
+from search.config import ExperimentConfig
+from search.experiment import CheckedExperiment, ReadySearch, check
+from search.front import Front
+from search.front_table import (
+    base_line,
+    failure_lines,
+    front_table,
+    hypervolume_line,
+    retention_table,
+    stage_table,
+)
+from search.paste import command_name
+from search.progress import SearchProgress, TrainingProgress, duration
+from search.run_directory import RunDirectory
+from search.trial_types import TrialResult
+from search.wandb_logger import WandbLogger
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+INTERRUPTED_SECONDS = 5.0
+"""What W&B gets to finish after Ctrl-C; `wandb sync` and trials.jsonl have the rest."""
+
+
+def run(config: ExperimentConfig, path: Path, address: str | None, console: Console) -> int:
+    """Search, print the front, and return the exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        UserError: the experiment cannot run, or no trial was completed.
+    """
+    checked = check(config, path)
+    console.print(plan_line(checked), soft_wrap=True, highlight=False)
+    with TrainingProgress("base", console) as progress:
+        ready = checked.make_ready(progress)
+    if ready.base.trained:
+        console.print(base_line(ready.base, ready.dense.agent.performance.name), highlight=False)
+    warnings: list[str] = []
+    wandb = config.wandb
+    with WandbLogger(
+        ready.run.path,
+        experiment=ready.run.path.name,
+        mode=wandb.mode,
+        project=wandb.project,
+        entity=wandb.entity,
+        config=config.model_dump(mode="json"),
+        warn=warnings.append,
+    ) as logger:
+        with SearchProgress(config.search.trials, console) as display:
+            outcome = ready.search([Watcher(ready, display, logger)], address)
+        front = ready.finish(outcome)
+        counts = {"complete": outcome.complete, "failed": outcome.failed}
+        logger.finish(front.to_json()["trials"], {**front.hypervolumes(), **counts})
+        if outcome.complete:
+            print_results(ready, front, outcome, console)
+            for title, value in next_steps(ready.run, front, logger):
+                console.print(f"{title + ':':<11}{value}", soft_wrap=True, highlight=False, markup=False)
+        if outcome.interrupted:
+            logger.close(INTERRUPTED_SECONDS)
+    for warning in warnings:
+        console.print(f"Note: {warning}", soft_wrap=True, highlight=False, markup=False)
+    if outcome.interrupted:
+        print(interruption_line(ready.run, outcome), file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+class Watcher:
+    """Shows and logs a search's progress after every trial."""
+
+    def __init__(self, ready: ReadySearch, display: SearchProgress, logger: WandbLogger) -> None:
+        self._keeper = ready.keeper
+        self._display = display
+        self._logger = logger
+
+    def __call__(self, result: TrialResult) -> None:
+        """Take in a trial that the keeper has recorded."""
+        failures = [result for result in self._keeper.results if not result.complete]
+        members = self._keeper.members
+        hypervolume = self._keeper.front().hypervolumes()["hypervolume"] if members else None
+        self._display.update(
+            finished=len(self._keeper.results),
+            failed=len(failures),
+            front_size=len(members),
+            hypervolume=hypervolume,
+            last_failure=failures[-1].reason if failures else None,
+        )
+        self._logger.log_trial(result.to_record())
+        self._logger.log_search(
+            {
+                "finished": len(self._keeper.results),
+                "failed": len(failures),
+                "front_size": len(members),
+                "hypervolume": hypervolume,
+            }
+        )
+
+
+def plan_line(checked: CheckedExperiment) -> str:
+    """What is about to happen, in a few sentences."""
+    config = checked.config
+    base = "a base" if config.base.mode == "shared" else "a base in every trial"
+    objectives = " against ".join(objective.name for objective in checked.objectives)
+    return (
+        f"{config.name}: train {base} ({config.agent.kind}); prune it in {config.search.trials} ways, which "
+        f"{config.search.sampler} proposes in {len(checked.space.dimensions)} dimensions "
+        f"({len(checked.space.keeps)} groups to cut, scored by {', '.join(config.pruning.metrics)}); repair "
+        f"and measure each; keep the front of {objectives}. Everything goes to {checked.path}."
+    )
+
+
+def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, console: Console) -> None:
+    """The front, what failed and where the time went."""
+    results = ready.keeper.results
+    console.print()
+    if front.trials:
+        console.print(front_table(front))
+        console.print(retention_table(front))
+        console.print(hypervolume_line(front), highlight=False)
+    else:
+        console.print("The front is empty: no complete trial meets the constraints.", highlight=False)
+    for line in failure_lines(results):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print()
+    console.print(stage_table(results))
+    console.print(
+        f"{outcome.complete + outcome.failed} trials in {duration(outcome.seconds)}, "
+        f"{outcome.concurrency} at a time.",
+        highlight=False,
+    )
+    console.print()
+
+
+def next_steps(run: RunDirectory, front: Front, logger: WandbLogger) -> list[tuple[str, str]]:
+    """Where to look next, as (title, path or command to paste)."""
+    steps = []
+    if front.trials:
+        best = max(trial.retention for trial in front.trials)
+        wish = "--min-retention 0.9" if best >= 0.9 else "--knee"
+        steps.append(("Select", f"{command_name()} select {run.path} {wish} --out selected-{run.path.name}"))
+    steps.append(("Front", str(run.front)))
+    dashboard = Path(sys.executable).with_name("optuna-dashboard")
+    if dashboard.exists() or shutil.which("optuna-dashboard"):
+        steps.append(("Optuna", f"{command_name('optuna-dashboard')} sqlite:///{run.study}"))
+    if logger.mode == "online":
+        steps.append(("W&B", f"online, and in {logger.directory}"))
+    elif logger.mode != "disabled":
+        sync = f"{command_name('wandb')} sync --include-online --yes {logger.directory}"
+        steps.append(("W&B", f"{logger.directory}; to upload: {sync}"))
+    return steps
+
+
+def interruption_line(run: RunDirectory, outcome: SearchOutcome) -> str:
+    """What an interrupted search has kept, in one sentence."""
+    finished = outcome.complete + outcome.failed
+    kept = f"the {finished} trials that had finished are" if finished else "nothing but the base is"
+    return f"prunefront: interrupted; {kept} kept in {run.path}"

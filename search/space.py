@@ -1,0 +1,242 @@
+"""The search space: from pruning groups and a few settings to dimensions, plans and anchors.
+
+One dimension `keep/<group>` for each group's kept share, log-uniform in [1 - max_ratio, 1], and where several
+metrics are mixed one dimension `mix/<metric>` (or `mix/<component>/<metric>`) for each coordinate u in
+[0, 1]; `components.mixing.simplex` turns those into coefficients. Groups of one channel are not searched: one
+channel always stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from components.dependency import Group
+from components.errors import UserError, nearest
+from components.mixing import COUPLING, PruningPlan, kept_count, simplex
+
+UNIFORM_RATIOS = (0.50, 0.75, 0.90, 0.96)
+"""Pruning ratios of the anchors that treat every group alike."""
+
+PURE_RATIO = 0.90
+"""Pruning ratio of the anchors that use one metric alone."""
+
+TRIALS_PER_DIMENSION = 10
+"""What a search with coefficients per component needs, unless it is forced."""
+
+Params = dict[str, float]
+"""A value for every dimension, by name."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One number that the sampler chooses in [low, high]; uniform in its logarithm where `log`."""
+
+    name: str
+    low: float
+    high: float
+    log: bool
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A trial that every search starts with, so that its front is never worse than the obvious.
+
+    Attributes:
+        label: `dense`, `uniform 50 %`, `pure l2` ...
+        params: exact; `SearchSpace.to_plan` makes the plan of them.
+    """
+
+    label: str
+    params: Params
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a search may choose; made by `SearchSpace.build`.
+
+    Attributes:
+        dimensions: kept shares in the order of the groups, then mixing coordinates.
+        metrics: the importance metrics that are mixed.
+        sizes: group -> channels, all groups.
+        keeps: searched group -> the dimension of its kept share; several groups may share one.
+        mixtures: whose coefficients are mixed separately: components and `coupling`; empty where one mixture
+            serves all groups.
+        max_ratio: the largest share of a group that may be removed.
+    """
+
+    dimensions: tuple[Dimension, ...]
+    metrics: tuple[str, ...]
+    sizes: Mapping[str, int]
+    keeps: Mapping[str, str]
+    mixtures: tuple[str, ...]
+    max_ratio: float
+
+    @staticmethod
+    def build(
+        groups: Iterable[Group],
+        *,
+        metrics: Sequence[str],
+        max_ratio: float,
+        coefficients: Literal["shared", "per_component"] = "shared",
+        trials: int,
+        force: bool = False,
+        shared: Mapping[str, str] | None = None,
+    ) -> SearchSpace:
+        """The space of a model's groups.
+
+        Args:
+            groups: all groups of the model.
+            metrics: importance metrics to mix, at least one.
+            max_ratio: in (0, 1).
+            coefficients: one mixture for all groups, or one for every component and one for coupling groups.
+            trials: the budget, which bounds the dimensions that `per_component` may have.
+            force: accept `per_component` with fewer than 10 trials a dimension.
+            shared: group -> key; groups with one key share one kept share, and a group that is not named has
+                its own name for key: `{"q2.0": "q1.0"}` ties the second Q function to the first.
+
+        Raises:
+            UserError: no group can be pruned, `shared` names a group that does not exist, or the budget is
+                too small for coefficients per component.
+        """
+        groups, shared = tuple(groups), shared or {}
+        sizes = {group.name: group.size for group in groups}
+        for name in shared:
+            if name not in sizes:
+                raise UserError(
+                    f"the model has no pruning group {name!r} to share a ratio: {nearest(name, sizes)}"
+                )
+        keeps = {name: f"keep/{shared.get(name, name)}" for name, size in sizes.items() if size > 1}
+        if not keeps:
+            raise UserError(
+                f"there is nothing to prune: none of the model's {len(sizes)} groups has two channels"
+            )
+        low = 1.0 - max_ratio
+        dimensions = [Dimension(name, low, 1.0, log=True) for name in dict.fromkeys(keeps.values())]
+
+        per_component = coefficients == "per_component" and len(metrics) > 1
+        mixtures = tuple(dict.fromkeys(_mixture(group) for group in groups)) if per_component else ()
+        searched = {_mixture(group) for group in groups if group.name in keeps}
+        prefixes = [f"mix/{mixture}/" for mixture in mixtures if mixture in searched] or ["mix/"]
+        if len(metrics) > 1:
+            dimensions += [
+                Dimension(prefix + metric, 0.0, 1.0, False) for prefix in prefixes for metric in metrics
+            ]
+        needed = TRIALS_PER_DIMENSION * len(dimensions)
+        if per_component and trials < needed and not force:
+            raise UserError(
+                f"pruning.coefficients 'per_component' makes {len(dimensions)} dimensions, which need "
+                f"search.trials of at least {needed}, not {trials}: use more, use 'shared', or set "
+                "pruning.coefficients_force to true"
+            )
+        return SearchSpace(tuple(dimensions), tuple(metrics), sizes, keeps, mixtures, max_ratio)
+
+    def to_plan(self, params: Mapping[str, float]) -> PruningPlan:
+        """The plan of one point of the space: every group's ratio and the coefficients that params mean.
+
+        Raises:
+            KeyError: a dimension has no value.
+            UserError: a value makes no valid plan.
+        """
+        ratios = {
+            group: 1.0 - params[self.keeps[group]] if group in self.keeps else 0.0 for group in self.sizes
+        }
+        if self.mixtures:
+            return PruningPlan(
+                {mixture: self._mix(params, f"mix/{mixture}/") for mixture in self.mixtures}, ratios
+            )
+        return PruningPlan(self._mix(params, "mix/"), ratios)
+
+    def params_of(self, plan: PruningPlan) -> Params:
+        """A point whose plan is the given one, up to rounding: the inverse of `to_plan`.
+
+        Coefficients leave the scale of the -log u open; it is set so that they average 1, as they do for
+        uniform u. Ratios beyond `max_ratio` are clipped to it.
+
+        Raises:
+            UserError: the plan has no coefficients for a component, or has them shared where these are not.
+        """
+        params: Params = {}
+        for group, dimension in self.keeps.items():
+            share = 1.0 - plan.ratios.get(group, 0.0)
+            params.setdefault(dimension, min(max(share, 1.0 - self.max_ratio), 1.0))
+        if len(self.metrics) == 1:
+            return params
+        names = {dimension.name for dimension in self.dimensions}
+        for mixture in self.mixtures or ("",):
+            prefix = f"mix/{mixture}/" if mixture else "mix/"
+            if prefix + self.metrics[0] in names:
+                weights = self._weights(plan, mixture)
+                params |= {
+                    prefix + metric: u for metric, u in zip(self.metrics, _coordinates(weights), strict=True)
+                }
+        return params
+
+    def anchors(
+        self, uniform_ratios: Sequence[float] = UNIFORM_RATIOS, pure_ratio: float = PURE_RATIO
+    ) -> tuple[Anchor, ...]:
+        """The trials to start with: everything kept; uniform ratios, mixed equally; each metric alone.
+
+        Ratios beyond `max_ratio` become `max_ratio`; anchors with the same plan are proposed once, under the
+        first label.
+        """
+        equal = dict.fromkeys(self.metrics, 1.0)
+        candidates = [Anchor("dense", self._uniform(0.0, equal))]
+        for wish in uniform_ratios:
+            ratio = min(wish, self.max_ratio)
+            candidates.append(Anchor(f"uniform {100 * ratio:g} %", self._uniform(ratio, equal)))
+        for metric in self.metrics:
+            pure = {name: float(name == metric) for name in self.metrics}
+            candidates.append(Anchor(f"pure {metric}", self._uniform(min(pure_ratio, self.max_ratio), pure)))
+        distinct: dict[str, Anchor] = {}
+        for anchor in candidates:
+            distinct.setdefault(self.to_plan(anchor.params).to_json(), anchor)
+        return tuple(distinct.values())
+
+    def decision(self, plan: PruningPlan) -> tuple[object, ...]:
+        """What a plan decides: kept channels per group and, unless everything is kept, the coefficients.
+
+        Hashable; plans with equal decisions prune alike.
+        """
+        kept = tuple(kept_count(size, plan.ratios.get(group, 0.0)) for group, size in self.sizes.items())
+        if kept == tuple(self.sizes.values()):
+            return kept
+        weights = [tuple(self._weights(plan, mixture)) for mixture in self.mixtures or ("",)]
+        return (*kept, *weights)
+
+    def _mix(self, params: Mapping[str, float], prefix: str) -> dict[str, float]:
+        """Coefficients from the coordinates with a prefix; equal ones where none are searched."""
+        searched = len(self.metrics) > 1 and any(d.name.startswith(prefix) for d in self.dimensions)
+        weights = simplex([params[prefix + metric] if searched else 1.0 for metric in self.metrics])
+        return dict(zip(self.metrics, weights, strict=True))
+
+    def _weights(self, plan: PruningPlan, mixture: str) -> list[float]:
+        weights: object = plan.coefficients.get(mixture) if mixture else plan.coefficients
+        if not isinstance(weights, Mapping) or plan.is_per_component != bool(mixture):
+            expected = f"coefficients for {mixture!r}" if mixture else "coefficients shared by all groups"
+            raise UserError(f"the plan does not fit this search: it has no {expected}")
+        return [float(cast(Mapping[str, float], weights).get(metric, 0.0)) for metric in self.metrics]
+
+    def _uniform(self, ratio: float, weights: Mapping[str, float]) -> Params:
+        """All groups alike, one mixture everywhere."""
+        u = dict(zip(self.metrics, _coordinates([weights[metric] for metric in self.metrics]), strict=True))
+        return {
+            dimension.name: 1.0 - ratio
+            if dimension.name.startswith("keep/")
+            else u[dimension.name.split("/")[-1]]
+            for dimension in self.dimensions
+        }
+
+
+def _mixture(group: Group) -> str:
+    """The key of a group's coefficients where these are per component."""
+    return COUPLING if group.is_coupling else next(iter(group.components), "")
+
+
+def _coordinates(weights: Sequence[float]) -> list[float]:
+    """Coordinates u in [0, 1] with weights ∝ (-log u)³, scaled so that -log u averages 1; 1 for weight 0."""
+    roots = [math.cbrt(weight) for weight in weights]
+    scale = len(roots) / math.fsum(roots)
+    return [math.exp(-scale * root) for root in roots]

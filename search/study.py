@@ -1,0 +1,380 @@
+"""The study: proposes plans and learns from results. Sole owner of Optuna.
+
+The sampler works on a study in memory. `ask` gives every proposal a fresh sampler seeded from (seed, trial
+number), so that a proposal depends on the seed and on what was told, never on how a process came there. The
+database is a projection for people to look at: a thread of its own writes it, and its faults harm nothing.
+
+Not thread-safe: one thread asks and tells.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import optuna
+import torch
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from search.pareto import Direction
+from search.space import Anchor, Params, SearchSpace
+
+if TYPE_CHECKING:
+    from agents.agent import Objective
+    from components.mixing import PruningPlan
+    from search.config import Constraint, Sampler
+    from search.trial_types import TrialResult
+
+logger = logging.getLogger(__name__)
+
+LOGARITHMIC = frozenset({"parameters", "macs"})
+"""Objectives that the sampler sees as natural logarithms: the front is looked at over log size."""
+
+STARTUP_TRIALS = 10
+"""Results that a model-based sampler waits for; anchors count, and where they are more, it waits for them."""
+
+PROPOSALS = 8
+"""Attempts at a proposal that was not made before."""
+
+FLUSH_SECONDS = 30.0
+"""How long `Study.close` waits for the database."""
+
+
+class Study:
+    """Asks a sampler for plans and tells it what became of them.
+
+    The first trials are the anchors of the space. No decision is proposed twice while there are others:
+    running trials repel the proposals of `tpe` and `gp`, and a repeated proposal is drawn again.
+
+    Args:
+        space: what may be chosen.
+        objectives: what is traded off, with directions.
+        sampler: `tpe` (multivariate), `nsga2`, `gp` or `random`.
+        seed: of all proposals.
+        constraints: what feasible trials meet; samplers prefer those.
+        database: SQLite file for optuna-dashboard; None writes none.
+        name: of the study in the database.
+        trials: the budget; it sizes the population of `nsga2`.
+        anchors: start with the space's anchors.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        objectives: Sequence[Objective],
+        sampler: Sampler = "tpe",
+        seed: int = 0,
+        constraints: Sequence[Constraint] = (),
+        database: Path | None = None,
+        *,
+        name: str = "prunefront",
+        trials: int = 64,
+        anchors: bool = True,
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._space = space
+        self._objectives = tuple(objectives)
+        self._sampler_name = sampler
+        self._seed = seed
+        self._constraints = tuple(constraints)
+        self._population = min(max(trials // 5, 8), 50)
+        self._anchors: tuple[Anchor, ...] = space.anchors() if anchors else ()
+        self._distributions: dict[str, BaseDistribution] = {
+            dimension.name: FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+            for dimension in space.dimensions
+        }
+        directions = [objective.direction for objective in self._objectives]
+        self._optuna = optuna.create_study(directions=directions, sampler=RandomSampler())
+        self._running: dict[int, Trial] = {}
+        self._finished: set[int] = set()
+        self._decisions: set[tuple[object, ...]] = set()
+        names = [f"log {o.name}" if o.name in LOGARITHMIC else o.name for o in self._objectives]
+        self._projection = None if database is None else _Projection(database, name, directions, names)
+
+    def ask(self, number: int) -> tuple[PruningPlan, str]:
+        """The plan of trial `number` and who proposed it: `anchor: dense`, `tpe`...
+
+        Equal seeds, numbers and results told before, in equal order, give equal plans, bit for bit.
+
+        Raises:
+            ValueError: the number was asked for before.
+        """
+        if number in self._running or number in self._finished:
+            raise ValueError(f"trial {number} was asked for before")
+        if number < len(self._anchors):
+            anchor = self._anchors[number]
+            trial, origin = self._enqueue(anchor.params), f"anchor: {anchor.label}"
+        else:
+            trial, origin = self._propose(number), self._sampler_name
+        plan = self._space.to_plan(trial.params)
+        self._decisions.add(self._space.decision(plan))
+        self._running[number] = trial
+        return plan, origin
+
+    def tell(self, result: TrialResult) -> None:
+        """Record a result. A failed trial, or one with a missing or non-finite number, becomes FAIL.
+
+        Telling a trial again changes nothing.
+
+        Raises:
+            ValueError: the trial was never asked for.
+        """
+        if result.number in self._finished:
+            return
+        trial = self._running.pop(result.number, None)
+        if trial is None:
+            raise ValueError(f"trial {result.number} was never asked for")
+        self._finished.add(result.number)
+        outcome = self._judge(result)
+        attributes = _attributes(result, outcome)
+        for key, value in attributes.items():
+            trial.set_user_attr(key, value)
+        if outcome.values is None:
+            self._optuna.tell(trial, state=TrialState.FAIL)
+        else:
+            for key, violation in outcome.violations.items():
+                trial.set_constraint(key, violation)
+            self._optuna.tell(trial, outcome.values)
+        if self._projection is not None:
+            self._projection.put(result.number, self._projected(result, trial.params, outcome, attributes))
+
+    def replay(self, results: Iterable[TrialResult]) -> None:
+        """Rebuild the study from earlier results of the same search, in the order of their numbers.
+
+        Anchors and proposals continue with the numbers that are not among them. Mixing coordinates are
+        recovered from the plans up to their scale, so later proposals need not equal, bit for bit, those of a
+        search that was never interrupted.
+
+        Raises:
+            ValueError: a number was asked for before.
+            UserError: a plan does not fit the space.
+        """
+        for result in sorted(results, key=lambda result: result.number):
+            if result.number in self._running or result.number in self._finished:
+                raise ValueError(f"trial {result.number} was asked for before")
+            self._running[result.number] = self._enqueue(self._space.params_of(result.plan))
+            self._decisions.add(self._space.decision(result.plan))
+            self.tell(result)
+
+    def close(self) -> None:
+        """Wait until the database has everything, or for half a minute; the study may be used no more."""
+        if self._projection is not None:
+            self._projection.close()
+
+    def _enqueue(self, params: Params) -> Trial:
+        """A trial with given params."""
+        self._optuna.sampler = self._make_sampler(0) if self._sampler_name == "nsga2" else RandomSampler(0)
+        self._optuna.enqueue_trial(params)
+        trial = self._optuna.ask(self._distributions)
+        if self._sampler_name == "nsga2":
+            _ = trial.relative_params  # enters the trial into a generation, which fixed params alone do not
+        return trial
+
+    def _propose(self, number: int) -> Trial:
+        """A trial from the sampler whose decision is new, as far as there are new ones to be found."""
+        for attempt in range(PROPOSALS):
+            seed = int(np.random.SeedSequence([self._seed, number, attempt]).generate_state(1)[0])
+            last = attempt == PROPOSALS - 1
+            self._optuna.sampler = RandomSampler(seed) if last else self._make_sampler(seed)
+            with _one_torch_thread():
+                trial = self._optuna.ask(self._distributions)
+            if last or self._space.decision(self._space.to_plan(trial.params)) not in self._decisions:
+                break
+            self._optuna.tell(trial, state=TrialState.FAIL)  # samplers pass over failed trials
+        return trial
+
+    def _make_sampler(self, seed: int) -> BaseSampler:
+        startup = max(len(self._anchors), STARTUP_TRIALS)
+        match self._sampler_name:
+            case "tpe":
+                return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)
+            case "nsga2":
+                return NSGAIISampler(population_size=self._population, seed=seed)
+            case "gp":
+                return GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
+            case "random":
+                return RandomSampler(seed)
+        raise ValueError(f"unknown sampler {self._sampler_name!r}")
+
+    def _judge(self, result: TrialResult) -> _Outcome:
+        """What the sampler hears of a result."""
+        if result.status != "complete":
+            return _Outcome(None, {}, result.reason or "the trial failed")
+        values = []
+        for objective in self._objectives:
+            value = result.measurement(objective.name)
+            if value is None or not math.isfinite(value):
+                return _Outcome(None, {}, f"objective {objective.name} is {_word(value)}")
+            if objective.name in LOGARITHMIC:
+                if value <= 0:
+                    return _Outcome(
+                        None, {}, f"objective {objective.name} is {value}, which has no logarithm"
+                    )
+                value = math.log(value)
+            values.append(float(value))
+        violations = {}
+        for constraint in self._constraints:
+            measured = result.measurement(constraint.name)
+            if measured is None or not math.isfinite(measured):
+                return _Outcome(None, {}, f"constraint {constraint.name} is {_word(measured)}")
+            violations[f"{constraint.name} {constraint}"] = constraint.violation(measured)
+        return _Outcome(values, violations, None)
+
+    def _projected(
+        self, result: TrialResult, params: Params, outcome: _Outcome, attributes: Mapping[str, object]
+    ) -> FrozenTrial:
+        failed = outcome.values is None
+        trial = create_trial(
+            state=TrialState.FAIL if failed else TrialState.COMPLETE,
+            values=outcome.values,
+            params=params,
+            distributions=dict(self._distributions),
+            user_attrs=dict(attributes),
+            constraints=outcome.violations,
+        )
+        trial.datetime_start = _local_time(result.started) or trial.datetime_start
+        trial.datetime_complete = _local_time(result.finished) or trial.datetime_complete
+        return trial
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Values in the order of the objectives, or None and the reason; violations are <= 0 where feasible."""
+
+    values: list[float] | None
+    violations: dict[str, float]
+    reason: str | None
+
+
+def _attributes(result: TrialResult, outcome: _Outcome) -> dict[str, object]:
+    """What optuna-dashboard shows beside the values: JSON-able, finite."""
+    names = ["parameters", "size_ratio", "macs", "retention", *result.performance, *result.objectives]
+    attributes: dict[str, object] = {"trial": result.number, "origin": result.origin}
+    for name in names:
+        number = result.measurement(name)
+        if number is not None and math.isfinite(number):
+            attributes[name] = number
+    attributes |= {f"constraint {name}": violation for name, violation in outcome.violations.items()}
+    if outcome.reason is not None:
+        attributes["reason"] = outcome.reason
+    return attributes
+
+
+def _word(value: float | None) -> str:
+    return "missing" if value is None else str(value)
+
+
+def _local_time(iso: str) -> datetime | None:
+    """Optuna keeps times naive and local."""
+    try:
+        return datetime.fromisoformat(iso).astimezone().replace(tzinfo=None)
+    except ValueError:
+        return None
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The small tensors of `gp` gain little from a second thread and lose much where trials use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Projection:
+    """Writes finished trials into an SQLite study from a thread of its own.
+
+    A trial that cannot be written is tried again with the next one and when closing; the first fault is
+    logged. A study that is there already keeps its trials, and none is written twice.
+    """
+
+    def __init__(
+        self, path: Path, name: str, directions: Sequence[Direction], metric_names: Sequence[str]
+    ) -> None:
+        self._path = path
+        self._name = name
+        self._directions = list(directions)
+        self._metric_names = list(metric_names)
+        self._inbox: queue.SimpleQueue[tuple[int, FrozenTrial] | None] = queue.SimpleQueue()
+        self._storage: optuna.storages.RDBStorage | None = None
+        self._study: optuna.Study | None = None
+        self._written: set[int] = set()
+        self._faulty = False
+        self._thread = threading.Thread(target=self._run, name="study-database", daemon=True)
+        self._thread.start()
+
+    def put(self, number: int, trial: FrozenTrial) -> None:
+        """Hand over a finished trial; returns at once."""
+        self._inbox.put((number, trial))
+
+    def close(self) -> None:
+        """Wait for what was handed over."""
+        self._inbox.put(None)
+        self._thread.join(FLUSH_SECONDS)
+        if self._thread.is_alive():
+            logger.warning("%s is still being written and may lack the last trials", self._path)
+
+    def _run(self) -> None:
+        pending: list[tuple[int, FrozenTrial]] = []
+        while (item := self._inbox.get()) is not None:
+            pending.append(item)
+            self._write(pending)
+        self._write(pending)
+        if self._storage is not None:
+            self._storage.remove_session()
+            self._storage.engine.dispose()
+
+    def _write(self, pending: list[tuple[int, FrozenTrial]]) -> None:
+        """Write from the front of the list, removing what is written, until a fault."""
+        try:
+            while pending:
+                number, trial = pending[0]
+                study = self._study or self._open()
+                if number not in self._written:
+                    study.add_trial(trial)
+                    self._written.add(number)
+                del pending[0]
+        except Exception as error:
+            if not self._faulty:
+                self._faulty = True
+                logger.warning("%s cannot be written, the search goes on: %s", self._path, _first_line(error))
+
+    def _open(self) -> optuna.Study:
+        def connect() -> sqlite3.Connection:
+            connection = sqlite3.connect(self._path, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            return connection
+
+        # The URL only chooses the dialect: connections come from `connect`, whatever characters the path has.
+        storage = optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
+        study = optuna.create_study(
+            storage=storage, study_name=self._name, directions=self._directions, load_if_exists=True
+        )
+        identifier = storage.get_study_id_from_name(self._name)
+        storage.set_study_system_attr(identifier, "study:metric_names", self._metric_names)
+        self._written = {
+            trial.user_attrs["trial"]
+            for trial in study.get_trials(deepcopy=False)
+            if "trial" in trial.user_attrs
+        }
+        self._storage, self._study = storage, study
+        return study
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", maxsplit=1)[0] or type(error).__name__

@@ -1,0 +1,194 @@
+"""What travels between the driver and its workers: a `TrialSpec` out, a `TrialResult` back.
+
+Plain, picklable values; a result without its model's state is a record, one line of `trials.jsonl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from components.mixing import PruningPlan
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What is the same for every trial of a search.
+
+    Attributes:
+        metrics: importance metrics that plans may mix (a trial that trains its own base computes these).
+        reconstruction: `none`, `gram` or `sequential`.
+        fine_tune_method: one of the agent's `fine_tune_methods`; None takes the first.
+        fine_tune_updates: gradient steps after reconstruction; 0 for none.
+        objectives: names of what is measured: `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` or
+            the agent's performance.
+        base_mode: `shared` prunes the base handed in; `per_trial` trains a base inside the trial first.
+        threads: CPU threads that torch may use; results are bit-reproducible for one thread count.
+    """
+
+    metrics: tuple[str, ...]
+    objectives: tuple[str, ...]
+    reconstruction: Literal["none", "gram", "sequential"] = "sequential"
+    fine_tune_method: str | None = None
+    fine_tune_updates: int = 150
+    base_mode: Literal["shared", "per_trial"] = "shared"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """One configuration to run.
+
+    Attributes:
+        number: the trial's number in its search, from 0.
+        plan: what to prune, and by which mixture of importance metrics.
+        origin: who proposed it: `anchor: dense`, `anchor: uniform 50 %`, `tpe` ...
+        seed: of everything random in the trial; see `trial_seed`.
+        pruning: what every trial of the search shares.
+    """
+
+    number: int
+    plan: PruningPlan
+    origin: str
+    seed: int
+    pruning: TrialSettings
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What became of a trial. Measurements are None in a failed one.
+
+    Attributes:
+        number, plan, origin, seed: as in the `TrialSpec`.
+        status: `complete` or `failed`.
+        reason: of a failure, one line; None when complete.
+        objectives: declared objective -> finite measured value, on validation data.
+        parameters: stored scalars of the pruned model that training could change.
+        size_ratio: `parameters` over those of the base, in (0, 1].
+        macs: multiply-accumulate operations of one decision.
+        retention: (J - J0) / (J_base - J0) on validation data: 1 as good as the base, 0 as the trivial agent.
+        performance: everything that the agent's evaluation reports, on validation data.
+        base_performance: split -> the performance measure of the base that was pruned.
+        component_sizes: component -> parameters.
+        widths: group -> channels kept.
+        kept: group -> indices of the kept channels, ascending.
+        rungs: (updates of fine-tuning done, performance on validation data): before and after it.
+        timings: stage -> seconds.
+        device, host: where it ran.
+        started, finished: ISO 8601, UTC.
+        state: the pruned model's state, which is not part of the record; None once stored, and of a failure.
+    """
+
+    number: int
+    status: Literal["complete", "failed"]
+    plan: PruningPlan
+    origin: str
+    seed: int
+    reason: str | None = None
+    objectives: Mapping[str, float] = field(default_factory=dict)
+    parameters: int | None = None
+    size_ratio: float | None = None
+    macs: int | None = None
+    retention: float | None = None
+    performance: Mapping[str, float] = field(default_factory=dict)
+    base_performance: Mapping[str, float] = field(default_factory=dict)
+    component_sizes: Mapping[str, int] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    rungs: tuple[tuple[int, float], ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    device: str = ""
+    host: str = ""
+    started: str = ""
+    finished: str = ""
+    state: Mapping[str, np.ndarray] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """True where every objective was measured."""
+        return self.status == "complete"
+
+    def measurement(self, name: str) -> float | None:
+        """An objective, a size, the retention, or what the evaluation reports; None if not measured."""
+        own = {
+            "parameters": self.parameters,
+            "size_ratio": self.size_ratio,
+            "macs": self.macs,
+            "retention": self.retention,
+        }
+        value = {**self.performance, **own, **self.objectives}.get(name)
+        return None if value is None else float(value)
+
+    def to_record(self) -> dict[str, Any]:
+        """The JSON-able form that `trials.jsonl` holds: everything but the state; exact, floats included."""
+        return {
+            "trial": self.number,
+            "status": self.status,
+            "reason": self.reason,
+            "origin": self.origin,
+            "seed": self.seed,
+            "objectives": dict(self.objectives),
+            "parameters": self.parameters,
+            "size_ratio": self.size_ratio,
+            "macs": self.macs,
+            "retention": self.retention,
+            "performance": dict(self.performance),
+            "base_performance": dict(self.base_performance),
+            "component_sizes": dict(self.component_sizes),
+            "widths": dict(self.widths),
+            "coefficients": _plain(self.plan.coefficients),
+            "ratios": dict(self.plan.ratios),
+            "kept": {group: list(indices) for group, indices in self.kept.items()},
+            "rungs": [list(rung) for rung in self.rungs],
+            "timings": dict(self.timings),
+            "device": self.device,
+            "host": self.host,
+            "started": self.started,
+            "finished": self.finished,
+        }
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> TrialResult:
+        """The result of a record, without its state.
+
+        Raises:
+            KeyError, TypeError, ValueError: the record was not made by `to_record`.
+        """
+        if record["status"] not in ("complete", "failed"):
+            raise ValueError(f"status is {record['status']!r}, not 'complete' or 'failed'")
+        return TrialResult(
+            number=record["trial"],
+            status=record["status"],
+            plan=PruningPlan(coefficients=record["coefficients"], ratios=record["ratios"]),
+            origin=record["origin"],
+            seed=record["seed"],
+            reason=record["reason"],
+            objectives=record["objectives"],
+            parameters=record["parameters"],
+            size_ratio=record["size_ratio"],
+            macs=record["macs"],
+            retention=record["retention"],
+            performance=record["performance"],
+            base_performance=record["base_performance"],
+            component_sizes=record["component_sizes"],
+            widths=record["widths"],
+            kept={group: tuple(indices) for group, indices in record["kept"].items()},
+            rungs=tuple((int(updates), float(loss)) for updates, loss in record["rungs"]),
+            timings=record["timings"],
+            device=record["device"],
+            host=record["host"],
+            started=record["started"],
+            finished=record["finished"],
+        )
+
+
+def trial_seed(search_seed: int, number: int) -> int:
+    """The seed of one trial: a hash of the search's seed and the trial's number, in [0, 2**32)."""
+    return int(np.random.SeedSequence([search_seed, number]).generate_state(1)[0])
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}

@@ -1,0 +1,211 @@
+"""The search's side of Weights & Biases: it hands everything to a process of its own, `search.wandb_runs`.
+
+With a slow or faulty server, everything in wandb but `log` can block. So that process gets one JSON message
+per line and is never waited for; it ignores Ctrl-C and ends when its input does, so it finishes its work even
+if the search is killed. Whatever happens to it, the search goes on: the user gets one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from search.wandb_runs import Mode, Record
+
+_WAITING_LIMIT = 10_000  # messages; more are dropped
+_CLOSE_TIMEOUT = 30.0  # seconds to finish what is waiting
+
+
+class WandbLogger:
+    """One W&B run per trial, grouped by experiment, and one for the search; as a context manager.
+
+    No method blocks (but `close`, for half a minute at most) or raises. Files are in `<directory>/wandb`.
+
+    Args:
+        directory: the run directory.
+        experiment: name of the group and of the search run.
+        mode: `auto` is online where an API key is configured and offline elsewhere, unless the environment
+            variable WANDB_MODE says otherwise; `online` falls back to offline when no server answers.
+        project: W&B project.
+        entity: user or team; None for the account's default.
+        config: of the search run, nested or flat.
+        warn: gets a sentence about anything that went wrong, at most once for each cause.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        experiment: str,
+        mode: Mode = "auto",
+        project: str = "prunefront",
+        entity: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        warn: Callable[[str], None] = lambda sentence: print(sentence, file=sys.stderr),
+    ) -> None:
+        self.mode: Mode = mode
+        self.directory = directory / "wandb"
+        self._warn = warn
+        self._warned: set[str] = set()
+        self._lost = False
+        self._closed = mode == "disabled"
+        self._process: subprocess.Popen[str] | None = None
+        if mode == "disabled":
+            return
+        self._waiting: queue.Queue[str | None] = queue.Queue(_WAITING_LIMIT)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._process = _start_process(self.directory / "logger.log")
+        except OSError as error:
+            self._lose(f"W&B logging could not start ({error})")
+            return
+        self._threads = [
+            threading.Thread(target=work, args=(stream,), name=f"wandb-{name}", daemon=True)
+            for name, work, stream in (
+                ("writer", self._write, self._process.stdin),
+                ("reader", self._read, self._process.stdout),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._send(
+            "start",
+            directory=str(directory.absolute()),
+            experiment=experiment,
+            mode=mode,
+            project=project,
+            entity=entity,
+            config=config or {},
+        )
+
+    def log_trial(self, record: Record) -> None:
+        """Log a finished trial as a run of its own; `record` is `TrialResult.to_record()`."""
+        self._send("trial", record=record)
+
+    def log_search(self, row: Mapping[str, float | int | None]) -> None:
+        """Log the state of the search after a trial: trials, failures, front size, hypervolume ..."""
+        self._send("search", row={name: value for name, value in row.items() if value is not None})
+
+    def finish(self, front: Sequence[Record], summary: Record) -> None:
+        """Log the final front, one mapping per trial, as a table and a scatter plot, and a flat summary."""
+        self._send("finish", front=list(front), summary=summary)
+
+    def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
+        """Let the process finish what it was given, for at most `timeout` seconds, then end it."""
+        if self._closed or self._process is None:
+            return
+        if self._process.poll() is not None:
+            self._ended()
+        self._closed = True
+        end = time.monotonic() + timeout
+        try:
+            if not self._lost:
+                self._waiting.put(None, timeout=timeout)
+                self._process.wait(end - time.monotonic())
+        except (queue.Full, subprocess.TimeoutExpired):
+            self._warn_once(
+                f"W&B logging had not finished after {timeout:g} s and was ended; "
+                f"trials.jsonl has everything, and `wandb sync` uploads what is in {self.directory}"
+            )
+        _end_group(self._process)
+        for thread in self._threads:
+            thread.join(timeout=1)
+
+    def where(self) -> str | None:
+        """Where to find the runs, in one sentence; None if there are none."""
+        if self._process is None:
+            return None
+        if self.mode == "online":
+            return f"W&B runs are online, and in {self.directory}"
+        return (
+            f"W&B runs are in {self.directory}; upload them with: "
+            f"wandb sync --include-online --yes {self.directory}"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, kind: str, **content: Any) -> None:
+        if self._closed or self._lost:
+            return
+        try:
+            self._waiting.put_nowait(json.dumps({"kind": kind, **content}))
+        except queue.Full:
+            self._warn_once("W&B logging is too slow for this search: some trials are missing there")
+        except (TypeError, ValueError) as error:
+            self._warn_once(f"something could not be logged to W&B ({error})")
+
+    def _write(self, stream: IO[str]) -> None:
+        try:
+            with stream:
+                while (message := self._waiting.get()) is not None:
+                    stream.write(message + "\n")
+                    stream.flush()
+        except (OSError, ValueError):
+            self._ended()
+
+    def _read(self, stream: IO[str]) -> None:
+        with stream:
+            for line in stream:
+                report = json.loads(line)
+                if "warning" in report:
+                    self._warn_once(report["warning"])
+                if "mode" in report:
+                    self.mode = report["mode"]
+        self._ended()
+
+    def _ended(self) -> None:
+        if not self._closed:
+            self._lose(f"W&B logging has ended early (see {self.directory / 'logger.log'})")
+
+    def _lose(self, sentence: str) -> None:
+        self._lost = True
+        self._warn_once(f"{sentence}; the search goes on without it")
+
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            self._warn(sentence)
+
+
+def _start_process(log: Path) -> subprocess.Popen[str]:
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    with log.open("a") as errors:
+        return subprocess.Popen(
+            # -P: a directory named wandb where the search was started is not the package.
+            [sys.executable, "-P", "-m", "search.wandb_runs"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # a terminal's Ctrl-C is not for this process
+        )
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """End the process and whatever it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=1)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+        return

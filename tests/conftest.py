@@ -1,0 +1,27 @@
+"""What every test may rely on: no accounts, no colours, the same random examples each time."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("prunefront", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("prunefront")
+
+
+@pytest.fixture(autouse=True)
+def _no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of the person who runs the tests is used: neither their W&B account nor their Ray cluster."""
+    for name in (
+        "RAY_ADDRESS",
+        "WANDB_API_KEY",
+        "WANDB_BASE_URL",
+        "WANDB_ENTITY",
+        "WANDB_MODE",
+        "WANDB_PROJECT",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    empty = tmp_path_factory.getbasetemp() / "no-account"
+    empty.mkdir(exist_ok=True)
+    monkeypatch.setenv("NETRC", str(empty / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(empty))

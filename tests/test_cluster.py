@@ -1,0 +1,349 @@
+"""Searches over synthetic trials: real Ray workers, nothing trained."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from components.errors import UserError
+from components.mixing import PruningPlan
+from search import cluster
+from search.trial_types import TrialResult, TrialSettings, TrialSpec
+
+SETTINGS = TrialSettings(metrics=("l2",), objectives=("parameters", "error"))
+STATE_BYTES = 400_000
+
+unpacked = 0  # bases unpacked in this process, which is a worker's when it counts
+
+
+class Base:
+    """Stands for a base: an array, and a count of how often it was unpacked."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        global unpacked
+        unpacked += 1
+        self.__dict__.update(state)
+
+
+class Unreadable:
+    """A base that no worker can unpack."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_refuse, ())
+
+
+def _refuse() -> None:
+    raise RuntimeError("half a base")
+
+
+def complete(spec: TrialSpec, **measured: Any) -> TrialResult:
+    return TrialResult(
+        number=spec.number,
+        status="complete",
+        plan=spec.plan,
+        origin=spec.origin,
+        seed=spec.seed,
+        objectives={"parameters": 100.0 - spec.number, "error": 0.1 * spec.number},
+        **measured,
+    )
+
+
+def troubled(spec: TrialSpec, base: Base, device: str) -> TrialResult:
+    """Trials 2 to 6 each fail in a way of their own; the others say who ran them, and with what."""
+    import torch
+
+    if spec.number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if spec.number == 3:
+        raise RuntimeError("the trial broke\nand said so at length")
+    if spec.number == 4:
+        return replace(complete(spec), objectives={"parameters": 5.0, "error": float("nan")})
+    if spec.number == 5:
+        return replace(complete(spec), objectives={"parameters": float("inf"), "error": 0.1})
+    if spec.number == 6:
+        return None  # type: ignore[return-value]
+    rows = STATE_BYTES // 4 // 10
+    state = {f"layer{i}": np.full((rows,), spec.number + i, np.float32) for i in range(10)}
+    performance = {
+        "worker": float(os.getpid()),
+        "unpacked": float(unpacked),
+        "threads": float(torch.get_num_threads()),
+        "sum": float(base.values.sum()),
+    }
+    return complete(spec, performance=performance, host=device, state=state)
+
+
+def plain(spec: TrialSpec, base: None, device: str) -> TrialResult:
+    return complete(spec)
+
+
+def endless_after_two(spec: TrialSpec, base: None, device: str) -> TrialResult:
+    if spec.number >= 2:
+        time.sleep(3600)
+    return complete(spec)
+
+
+@dataclass
+class Journal:
+    """A study, a store and an observer that write down what they are told, in one list."""
+
+    entries: list[tuple[str, int]] = field(default_factory=list)
+    results: list[TrialResult] = field(default_factory=list)
+
+    def ask(self, number: int) -> tuple[PruningPlan, str]:
+        self.entries.append(("ask", number))
+        return PruningPlan(coefficients={"l2": 1.0}, ratios={"encoder.0": number / 100}), f"origin {number}"
+
+    def tell(self, result: TrialResult) -> None:
+        self.entries.append(("tell", result.number))
+
+    def record(self, result: TrialResult) -> None:
+        self.entries.append(("record", result.number))
+        self.results.append(result)
+
+    def observe(self, result: TrialResult) -> None:
+        self.entries.append(("observe", result.number))
+
+    def of(self, kind: str) -> list[int]:
+        return [number for entry, number in self.entries if entry == kind]
+
+
+def search(journal: Journal, numbers: range, run_trial: Any, base: Any = None, **options: Any) -> Any:
+    return cluster.run_search(
+        numbers,
+        study=journal,
+        make_spec=lambda number, plan, origin: TrialSpec(number, plan, origin, 1000 + number, SETTINGS),
+        run_trial=run_trial,
+        base=base,
+        record=options.pop("record", journal.record),
+        **options,
+    )
+
+
+@dataclass
+class TroubledSearch:
+    journal: Journal
+    outcome: cluster.SearchOutcome
+    scratch_bytes: int
+    told_after_failure: list[int]
+
+    def result(self, number: int) -> TrialResult:
+        [result] = [result for result in self.journal.results if result.number == number]
+        return result
+
+
+@pytest.fixture(scope="module")
+def troubled_search() -> TroubledSearch:
+    journal = Journal()
+    scratch: list[Path] = []
+    sizes = [0]
+    calls: list[int] = []
+
+    class Scratch(tempfile.TemporaryDirectory):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            scratch.append(Path(self.name))
+
+    def weigh(result: TrialResult) -> None:
+        journal.observe(result)
+        sizes.append(sum(file.stat().st_size for file in scratch[0].rglob("*") if file.is_file()))
+
+    def failing_observer(result: TrialResult) -> None:
+        calls.append(result.number)
+        raise RuntimeError("no more")
+
+    before = (dict(os.environ), signal.getsignal(signal.SIGINT), logging.getLogger("ray").level)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryDirectory", Scratch)
+        outcome = search(
+            journal,
+            range(14),
+            troubled,
+            base=Base(np.arange(100_000.0)),
+            observers=[failing_observer, weigh],
+            concurrency=2,
+        )
+    after = (dict(os.environ), signal.getsignal(signal.SIGINT), logging.getLogger("ray").level)
+    assert after == before
+    assert not scratch[0].exists()
+    return TroubledSearch(journal, outcome, max(sizes), calls)
+
+
+def test_every_trial_is_recorded_then_told_then_observed_once(troubled_search: TroubledSearch) -> None:
+    entries = troubled_search.journal.entries
+    assert troubled_search.journal.of("ask") == list(range(14))
+    for number in range(14):
+        assert [kind for kind, n in entries if n == number] == ["ask", "record", "tell", "observe"]
+    assert (troubled_search.outcome.complete, troubled_search.outcome.failed) == (9, 5)
+    assert not troubled_search.outcome.interrupted
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (2, "the worker died: killed, out of memory, or crashed"),
+        (3, "RuntimeError: the trial broke"),
+        (4, "objective 'error' is nan"),
+        (5, "objective 'parameters' is inf"),
+        (6, "the trial returned a NoneType instead of a TrialResult"),
+    ],
+)
+def test_a_failure_has_its_reason_and_no_numbers(
+    troubled_search: TroubledSearch, number: int, reason: str
+) -> None:
+    result = troubled_search.result(number)
+    assert (result.status, result.reason) == ("failed", reason)
+    assert result.objectives == {}
+    assert result.state is None
+    assert (result.origin, result.seed) == (f"origin {number}", 1000 + number)
+    assert result.plan.ratios == {"encoder.0": number / 100}
+
+
+def test_results_arrive_whole(troubled_search: TroubledSearch) -> None:
+    for number in (0, 1, *range(7, 14)):
+        result = troubled_search.result(number)
+        assert result.complete
+        assert result.objectives == {"parameters": 100.0 - number, "error": 0.1 * number}
+        assert result.performance["sum"] == np.arange(100_000.0).sum()
+        assert result.performance["threads"] == 1
+        assert result.host == "cpu"
+        assert result.state is not None
+        for i in range(10):
+            array = result.state[f"layer{i}"]
+            np.testing.assert_array_equal(array, np.float32(number + i))
+            array[0] = 0  # its own memory, which outlives the cluster
+
+
+def test_no_more_trials_at_once_than_allowed(troubled_search: TroubledSearch) -> None:
+    assert troubled_search.outcome.concurrency == 2
+    running = 0
+    for kind, _ in troubled_search.journal.entries:
+        running += {"ask": 1, "record": -1}.get(kind, 0)
+        assert 0 <= running <= 2
+
+
+def test_workers_are_reused_and_unpack_the_base_once(troubled_search: TroubledSearch) -> None:
+    complete_ones = [result for result in troubled_search.journal.results if result.complete]
+    workers = {result.performance["worker"] for result in complete_ones}
+    assert len(workers) <= 3, "two workers, one of which was killed and replaced"
+    assert {result.performance["unpacked"] for result in complete_ones} == {1.0}
+
+
+def test_pruned_states_stay_out_of_what_tune_stores(troubled_search: TroubledSearch) -> None:
+    assert troubled_search.scratch_bytes < STATE_BYTES / 4
+
+
+def test_an_observer_that_fails_is_dropped_and_the_others_stay(troubled_search: TroubledSearch) -> None:
+    assert len(troubled_search.told_after_failure) == 1
+    assert len(troubled_search.journal.of("observe")) == 14
+
+
+def test_ctrl_c_keeps_what_is_finished_and_waits_for_nothing() -> None:
+    journal = Journal()
+
+    def press(result: TrialResult) -> None:
+        if result.number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    outcome = search(journal, range(6), endless_after_two, observers=[press], concurrency=1)
+    assert outcome.interrupted
+    assert [result.number for result in journal.results] == [0, 1]
+
+
+def test_one_at_a_time_builds_on_all_before_until_a_result_cannot_be_stored() -> None:
+    journal = Journal()
+
+    def record(result: TrialResult) -> None:
+        if result.number == 9:
+            raise OSError("disk full")
+        journal.record(result)
+
+    with pytest.raises(OSError, match="disk full"):
+        search(journal, range(3, 50), plain, record=record, concurrency=1)
+    steps = [(kind, number) for number in range(3, 9) for kind in ("ask", "record", "tell")]
+    assert journal.entries == [*steps, ("ask", 9)]
+
+
+def test_workers_that_cannot_start_end_the_search_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_STILLBORN_LIMIT", 2)
+    journal = Journal()
+    with pytest.raises(UserError, match=r"no worker can run trials: the worker could not start: .*half"):
+        search(journal, range(50), plain, base=Unreadable(), concurrency=1)
+    assert [result.status for result in journal.results] == ["failed"] * 2
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("ray://head:10001", "'ray://head:10001' is a Ray Client address; start the search on a machine of"),
+        ("127.0.0.1:9", r"no Ray cluster answers at address '127.0.0.1:9' \(ConnectionRefusedError"),
+        ("127.0.0.1:99999", "no Ray cluster answers at address '127.0.0.1:99999'"),
+        ("head", "address 'head' is neither 'auto' nor of the form 'host:port'"),
+    ],
+)
+def test_an_address_where_no_cluster_answers_is_named(address: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        search(Journal(), range(2), plain, address=address)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "gpus", "expected"),
+    [
+        ([{"CPU": 8.0}], 1, 0, (8, 0)),
+        ([{"CPU": 8.0}], 3, 0, (2, 0)),
+        ([{"CPU": 8.0}, {"CPU": 4.0}], 2, None, (6, 0.0)),
+        ([{"CPU": 16.0, "GPU": 2.0}], 1, None, (16, 1 / 8)),
+        ([{"CPU": 4.0, "GPU": 8.0}], 1, None, (4, 1.0)),
+        ([{"CPU": 16.0, "GPU": 1.0}, {"CPU": 2.0}], 1, 0.5, (2, 0.5)),
+    ],
+)
+def test_trials_per_cluster(
+    monkeypatch: pytest.MonkeyPatch, nodes: Any, cpus: Any, gpus: Any, expected: Any
+) -> None:
+    reported = [{"Alive": True, "Resources": node} for node in nodes]
+    reported.append({"Alive": False, "Resources": {"CPU": 64.0}})
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: reported)
+    assert cluster._slots(cpus, gpus) == expected
+
+
+def test_a_trial_larger_than_every_node_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 2.0}},
+        {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}},
+    ]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    with pytest.raises(
+        UserError, match=r"needs 8 CPUs and 0 GPUs, but the largest node .* 4 CPUs and 1 GPUs"
+    ):
+        cluster._slots(8, 0)
+
+
+@pytest.mark.parametrize(
+    ("account", "reason", "had_started"),
+    [
+        (
+            "ActorDiedError: The actor died because its node has died. Node Id: 1f",
+            "lost with its machine",
+            True,
+        ),
+        ("1 worker(s) were killed due to the node running low on memory.", "ran out of memory", True),
+        ("", "the worker was lost: Ray gave no reason", True),
+        ("TuneError: setting up\nValueError: no", "the worker was lost: ValueError: no", True),
+    ],
+)
+def test_what_is_said_of_a_lost_worker(account: str, reason: str, had_started: bool) -> None:
+    said, started = cluster._reason_of_loss(account)
+    assert reason in said
+    assert started is had_started

@@ -1,0 +1,474 @@
+"""Experiments: what may be written, what is refused, and how that is said."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from agents.agent import Objective, agent_class
+from components import importance
+from components.errors import UserError
+from search import experiment_yaml
+from search.config import (
+    Constraint,
+    ExperimentConfig,
+    Metric,
+    load_experiment,
+    parse_experiment,
+    resolve_objectives,
+    shipped_experiments,
+)
+
+AGENT = "agent: {kind: autoencoder}\n"
+ERROR = Objective("reconstruction_error", "minimize", "mean squared error")
+
+
+def load(*overrides: str, text: str = AGENT) -> ExperimentConfig:
+    return parse_experiment(text, source="mine.yaml", overrides=overrides)
+
+
+def refusal(*overrides: str, text: str = AGENT) -> str:
+    """What the user reads; always one line."""
+    with pytest.raises(UserError) as caught:
+        load(*overrides, text=text)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_only_the_kind_of_agent_is_required() -> None:
+    config = load()
+    assert config.agent.kind == "autoencoder"
+    assert config.agent.options == {}
+    assert config.pruning.metrics == ("l2", "fisher", "reconstruction")
+    assert (config.search.trials, config.search.sampler, config.search.objectives) == (64, "tpe", None)
+    assert (config.base.mode, config.pruning.coefficients, config.resources.gpus) == (
+        "shared",
+        "shared",
+        "auto",
+    )
+
+
+def test_every_key_can_be_set() -> None:
+    text = """
+name: mine
+agent:
+  kind: my_package.my_module:MyAgent
+  hidden: [8, 4]
+  learning_rate: 1e-3
+  nested: {deep: [1, {a: null}]}
+base: {mode: per_trial, seed: 3}
+pruning:
+  metrics: [l1, random]
+  coefficients: per_component
+  coefficients_force: true
+  max_ratio: 0.5
+  reconstruction: gram
+  fine_tune: {method: distill, updates: 0}
+search:
+  trials: 7
+  sampler: nsga2
+  objectives: [parameters, macs, my_score]
+  constraints: {retention: ">= 0.5", parameters: "<= 2e3"}
+  seed: 4
+  concurrency: 2
+  anchors: false
+resources: {cpus: 0.5, gpus: 0.25}
+wandb: {mode: offline, project: mine, entity: us}
+"""
+    config = load(text=text)
+    assert config.agent.options == {
+        "hidden": [8, 4],
+        "learning_rate": 0.001,
+        "nested": {"deep": [1, {"a": None}]},
+    }
+    assert config.search.constraints == (
+        Constraint("retention", ">=", 0.5),
+        Constraint("parameters", "<=", 2000.0),
+    )
+    assert config.pruning.fine_tune.method == "distill"
+    assert config.resources.gpus == 0.25
+    # Nothing was left at its default: every key that there is was set.
+    given, default = config.model_dump(), load().model_dump()
+    for section, values in given.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            before = default[section].get(key) if isinstance(default[section], dict) else default[section]
+            assert value != before, f"{section}.{key}"
+    assert parse_experiment(config.to_yaml()) == config
+
+
+def test_experiments_are_immutable() -> None:
+    config = load("agent.hidden=[1]")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.search.trials = 3
+    config.agent.options["hidden"].append(2)
+    assert config.agent.options == {"hidden": [1]}
+
+
+def test_a_section_without_keys_keeps_its_defaults() -> None:
+    assert load(text=AGENT + "search:\n  # trials: 3\npruning: {fine_tune: }\n") == load()
+
+
+# --- overrides
+
+
+def test_overrides_reach_every_key() -> None:
+    config = load(
+        "search.trials=200",
+        "pruning.fine_tune.updates=5",
+        "pruning.metrics=[l1, taylor]",
+        "search.constraints.retention=>= 0.5",
+        "search.constraints.macs=<=100",
+        "agent.learning_rate=1e-3",
+        "agent.deep.er=on",
+        "name=other",
+        "wandb.entity=null",
+    )
+    assert config.search.trials == 200
+    assert config.pruning.fine_tune.updates == 5
+    assert config.pruning.metrics == ("l1", "taylor")
+    assert [str(constraint) for constraint in config.search.constraints] == [">= 0.5", "<= 100.0"]
+    assert config.agent.options == {"learning_rate": 0.001, "deep": {"er": "on"}}
+    assert config.name == "other"
+
+
+def test_the_last_override_wins() -> None:
+    assert load("search.trials=3", "search.trials=4", text=AGENT + "search: {trials: 2}").search.trials == 4
+    assert load("search={trials: 5}", "search.seed=1").search.trials == 5
+
+
+@pytest.mark.parametrize("override", ["search.trials", "=3", "search..trials=3", ".=3"])
+def test_overrides_need_a_key_and_a_value(override: str) -> None:
+    assert refusal(override) == f"--set {override}: it must be key=value, such as search.trials=200"
+
+
+def test_overrides_below_a_value_are_refused() -> None:
+    message = refusal("search.trials.more=3", text=AGENT + "search: {trials: 2}")
+    assert message == "--set search.trials.more=3: search.trials is 2, which has no keys of its own"
+
+
+def test_faults_of_an_override_name_the_override() -> None:
+    assert refusal("search.trials=x", text=AGENT + "search: {seed: 0}").startswith("--set search.trials=x: ")
+    assert refusal("search.trials=2", text=AGENT + "search: {seed: x}").startswith(
+        "mine.yaml: search.seed is 'x'"
+    )
+    assert refusal("search.trials=[").startswith("--set search.trials=[, line 1, column 2 is not valid YAML")
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "search.trails=3",
+            "unknown key search.trails: did you mean 'trials'? allowed: anchors, concurrency, constraints, "
+            "objectives, sampler, seed, trials",
+        ),
+        (
+            "trials=3",
+            "unknown key trials: did you mean 'search.trials'? allowed here: agent, base, name, pruning, "
+            "resources, search, wandb",
+        ),
+        (
+            "pruning.fine_tune.methods=x",
+            "unknown key pruning.fine_tune.methods: did you mean 'method'? allowed: method, updates",
+        ),
+        ("search.trials=0", "search.trials is 0: it must be a whole number, at least 1"),
+        ("search.trials=1.5", "search.trials is 1.5: it must be a whole number, at least 1"),
+        ("search.trials='3'", "search.trials is '3': it must be a whole number, at least 1"),
+        ("search.trials=true", "search.trials is true: it must be a whole number, at least 1"),
+        ("search.trials=", "search.trials is null: it must be a whole number, at least 1"),
+        ("search.seed=-1", "search.seed is -1: it must be a whole number, at least 0"),
+        ("search.concurrency=0", "search.concurrency is 0: it must be a whole number, at least 1, or null"),
+        ("search.anchors=1", "search.anchors is 1: it must be true or false"),
+        ("search.sampler=tp", "search.sampler is 'tp': did you mean 'tpe'? allowed: gp, nsga2, random, tpe"),
+        ("search.sampler=3", "search.sampler is 3: allowed: gp, nsga2, random, tpe"),
+        (
+            "search.objectives=parameters",
+            "search.objectives is 'parameters': it must be a list, not empty, or null",
+        ),
+        ("search.objectives=[]", "search.objectives is []: it must be a list, not empty, or null"),
+        ("search.objectives=[macs, 3]", "search.objectives.1 is 3: it must be text"),
+        (
+            "search.objectives=[macs, macs]",
+            "search.objectives is ['macs', 'macs']: it lists 'macs' twice",
+        ),
+        (
+            "search.objectives=[paramters]",
+            "search.objectives has the unknown objective 'paramters': did you mean 'parameters'? allowed: "
+            "latency_median_ms, latency_p99_ms, macs, parameters, reconstruction_error, return",
+        ),
+        (
+            "search.constraints.retenton=>= 1",
+            "search.constraints.retenton is not measured: did you mean 'retention'? allowed: "
+            "macs, parameters, reconstruction_error, retention, return, size_ratio",
+        ),
+        ("search.constraints=3", "search.constraints is 3: it must be a mapping"),
+        (
+            "search.constraints.retention=0.5",
+            "search.constraints.retention is 0.5: it must be '>=' or '<=' and a number, such as '>= 0.5'",
+        ),
+        ("pruning.max_ratio=0", "pruning.max_ratio is 0: it must be a number, above 0, below 1"),
+        ("pruning.max_ratio=1.0", "pruning.max_ratio is 1.0: it must be a number, above 0, below 1"),
+        ("pruning.max_ratio=.nan", "pruning.max_ratio is nan: it must be a number, above 0, below 1"),
+        ("pruning.max_ratio=half", "pruning.max_ratio is 'half': it must be a number, above 0, below 1"),
+        ("pruning.metrics=l2", "pruning.metrics is 'l2': it must be a list, not empty"),
+        ("pruning.metrics=[l2, l2]", "pruning.metrics is ['l2', 'l2']: it lists 'l2' twice"),
+        (
+            "pruning.metrics=[l2, fischer]",
+            "pruning.metrics.1 is 'fischer': did you mean 'fisher'? allowed: bayesian, fisher, gate_fisher, "
+            "gradient, l1, l2, random, reconstruction, taylor",
+        ),
+        (
+            "pruning.reconstruction=sequentiel",
+            "pruning.reconstruction is 'sequentiel': did you mean 'sequential'? allowed: gram, none, "
+            "sequential",
+        ),
+        (
+            "pruning.fine_tune.updates=-1",
+            "pruning.fine_tune.updates is -1: it must be a whole number, at least 0",
+        ),
+        ("pruning.fine_tune.method=3", "pruning.fine_tune.method is 3: it must be text, or null"),
+        ("pruning.fine_tune=3", "pruning.fine_tune is 3: it must be a mapping"),
+        ("base.mode=share", "base.mode is 'share': did you mean 'shared'? allowed: per_trial, shared"),
+        ("resources.cpus=0", "resources.cpus is 0: it must be a number, above 0"),
+        ("resources.cpus=.inf", "resources.cpus is inf: it must be a number, above 0"),
+        ("resources.gpus=-1", "resources.gpus is -1: it must be 'auto' or a number, at least 0"),
+        ("resources.gpus=all", "resources.gpus is 'all': it must be 'auto' or a number, at least 0"),
+        ("resources.gpus=true", "resources.gpus is true: it must be 'auto' or a number, at least 0"),
+        (
+            "wandb.mode=on",
+            "wandb.mode is 'on': allowed: auto, disabled, offline, online",
+        ),
+        (
+            "name=a/b",
+            "name is 'a/b': it must be text, of letters, digits, dots, dashes and underscores, beginning "
+            "with a letter or digit",
+        ),
+        ("agent.rate=.inf", "agent.rate is inf: it must be a finite number"),
+        ("agent.deep=[{rate: .nan}]", "agent.deep.0.rate is nan: it must be a finite number"),
+        ("agent.kind=3", "agent.kind is 3: it must be text, not empty"),
+    ],
+)
+def test_refusals_say_key_value_and_what_is_allowed(override: str, expected: str) -> None:
+    assert refusal(override) == f"--set {override}: {expected}"
+
+
+def test_the_same_fault_in_a_file_names_the_file() -> None:
+    message = refusal(text=AGENT + "search: {trails: 3, seed: x}")
+    assert message.startswith("mine.yaml: unknown key search.trails: did you mean 'trials'?")
+
+
+@pytest.mark.parametrize("text", ["name: x", "agent: {}", "agent: autoencoder", "agent: {hidden: [1]}"])
+def test_the_kind_of_agent_must_be_there(text: str) -> None:
+    assert refusal(text=text).startswith("mine.yaml: agent.kind is missing")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "mine.yaml, line 3, column 1 is not valid YAML: key 'a' is given twice"),
+        (
+            "agent:\n  kind: x\n  kind: y\n",
+            "mine.yaml, line 3, column 3 is not valid YAML: key 'kind' is given twice",
+        ),
+        (
+            "agent: {kind: [x}\n",
+            "mine.yaml, line 1, column 17 is not valid YAML: expected ',' or ']', but got '}'",
+        ),
+        ("1: 2\n", "mine.yaml, line 1, column 1 is not valid YAML: key 1 is not text"),
+        ("", "mine.yaml is empty: "),
+        ("# nothing\n", "mine.yaml is empty: "),
+        ("- a\n", "mine.yaml is ['a']: it must be a mapping"),
+        ("text", "mine.yaml is 'text': it must be a mapping"),
+        ("a: \0", "mine.yaml is not valid YAML: unacceptable character #x0000"),
+        (
+            "agent: {kind: x, a: &a [*a]}",
+            "mine.yaml, line 1, column 21 is not valid YAML: found unconstructable",
+        ),
+        ("agent: !!python/object:os.system x", "mine.yaml, line 1, column 8 is not valid YAML: could not"),
+        ("agent: {kind: x, n: " + "9" * 5000 + "}", "mine.yaml is not valid YAML: Exceeds the limit"),
+    ],
+)
+def test_texts_that_are_no_experiment(text: str, expected: str) -> None:
+    assert refusal(text=text).startswith(expected)
+
+
+# --- files and shipped experiments
+
+
+def test_files_are_given_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "my search.yaml"
+    path.write_text(AGENT)
+    config = load_experiment(str(path), ["search.trials=3"])
+    assert (config.name, config.search.trials) == ("my-search", 3)
+    path.write_text(AGENT + "name: given")
+    assert load_experiment(str(path)).name == "given"
+    path.write_text("agent: {kind: autoencoder}\nsearch: {trials: none}")
+    with pytest.raises(UserError, match=r"my search\.yaml: search\.trials is 'none'"):
+        load_experiment(str(path))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, reason in (
+        (tmp_path / "absent.yaml", "No such file"),
+        (tmp_path, "Is a directory"),
+        (binary, "not UTF-8"),
+        ("a\0b.yaml", "null byte"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            load_experiment(str(path))
+
+
+@pytest.mark.parametrize("name", shipped_experiments())
+def test_shipped_experiments_are_valid(name: str) -> None:
+    config = load_experiment(name)
+    assert config.name == name
+    kind = agent_class(config.agent.kind)
+    kind(config.agent.options)
+    resolve_objectives(config.search.objectives, config.search.constraints, kind.performance)
+    assert config.pruning.fine_tune.method in (None, *kind.fine_tune_methods)
+
+
+def test_unknown_experiments_name_the_nearest() -> None:
+    assert {"autoencoder", "autoencoder_conv"} <= set(shipped_experiments())
+    with pytest.raises(UserError, match=r"unknown experiment 'autoencodr': did you mean 'autoencoder'\?"):
+        load_experiment("autoencodr")
+
+
+def test_metrics_are_those_that_there_are() -> None:
+    assert set(Metric.__args__) == set(importance.METRICS)  # type: ignore[attr-defined]
+
+
+# --- round trips
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+# What a YAML stream may hold at all: everything but surrogates.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+TRICKY = st.sampled_from(
+    [
+        "1e-3",
+        "010",
+        "1_000",
+        "12:30",
+        "2026-01-31",
+        "yes",
+        "~",
+        "null",
+        ".nan",
+        "0x1f",
+        "-",
+        ":",
+        "#",
+        "=",
+        "<<",
+    ]
+)
+VALUES = st.recursive(
+    SCALARS | TEXTS | TRICKY,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS | TRICKY, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(TEXTS.filter(lambda key: key != "kind"), VALUES, max_size=4))
+def test_resolved_experiments_read_back_equal(options: dict[str, object]) -> None:
+    config = ExperimentConfig.model_validate({"agent": {"kind": "autoencoder", **options}})
+    assert parse_experiment(config.to_yaml()) == config
+    assert parse_experiment(config.to_yaml()).agent.options == options
+
+
+@given(VALUES)
+def test_other_yaml_readers_agree_on_texts(value: object) -> None:
+    def texts(entry: object) -> list[str]:
+        if isinstance(entry, dict):
+            return [text for pair in entry.items() for part in pair for text in texts(part)]
+        if isinstance(entry, list):
+            return [text for part in entry for text in texts(part)]
+        return [entry] if isinstance(entry, str) else []
+
+    assert texts(yaml.safe_load(experiment_yaml.dump(value))) == texts(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("010", 10),
+        ("0x1f", 31),
+        ("0o17", 15),
+        ("+3", 3),
+        ("on", "on"),
+        ("No", "No"),
+        ("12:30", "12:30"),
+        ("1_000", "1_000"),
+        ("2026-01-31", "2026-01-31"),
+        ("True", True),
+        ("~", None),
+        ("", None),
+        ("-.inf", -math.inf),
+    ],
+)
+def test_scalars_of_yaml_1_2(text: str, value: object) -> None:
+    parsed = experiment_yaml.parse(text, "text")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+# --- constraints and objectives
+
+
+@given(st.sampled_from([">=", "<="]), st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
+def test_constraints_read_back_and_measure_their_violation(operator: str, bound: float, value: float) -> None:
+    constraint = Constraint.parse("macs", f" {operator}{bound!r} ")
+    assert Constraint.parse("macs", str(constraint)) == constraint
+    met = value >= bound if operator == ">=" else value <= bound
+    assert (constraint.violation(value) <= 0) == met
+    assert not constraint.violation(math.nan) <= 0
+
+
+@pytest.mark.parametrize(
+    "text", ["> 0.5", "== 1", ">=", ">= x", ">= nan", "<= inf", ">= 1 2", "0.5", "", None, 3]
+)
+def test_other_constraints_are_refused(text: object) -> None:
+    with pytest.raises(ValueError, match="it must be '>=' or '<=' and a number"):
+        Constraint.parse("retention", text)
+
+
+def test_objectives_get_direction_and_unit() -> None:
+    score = Objective("my_score", "maximize", "points")
+    assert [o.name for o in resolve_objectives(None, (), score)] == ["parameters", "my_score"]
+    chosen = resolve_objectives(("my_score", "macs", "latency_p99_ms"), (), score)
+    assert chosen[0] is score
+    assert [(o.direction, o.unit) for o in chosen[1:]] == [
+        ("minimize", "multiply-accumulates"),
+        ("minimize", "ms"),
+    ]
+
+
+def test_objectives_of_another_agent_are_refused() -> None:
+    with pytest.raises(UserError, match=r"search\.objectives has the unknown objective 'return'"):
+        resolve_objectives(("parameters", "return"), (), ERROR)
+    with pytest.raises(UserError, match=r"search\.constraints\.return is not measured"):
+        resolve_objectives(None, (Constraint("return", ">=", 1.0),), ERROR)
+    with pytest.raises(UserError, match=r"search\.constraints\.latency_p99_ms is not measured"):
+        resolve_objectives(None, (Constraint("latency_p99_ms", "<=", 1.0),), ERROR)
+    resolve_objectives(("latency_p99_ms",), (Constraint("latency_p99_ms", "<=", 1.0),), ERROR)
+
+
+def test_what_a_users_agent_measures_is_left_to_it() -> None:
+    agent = "agent: {kind: my_module:MyAgent}\n"
+    config = load("search.objectives=[my_score]", "search.constraints.my_rate=>= 1", text=agent)
+    assert config.search.objectives == ("my_score",)

@@ -1,0 +1,269 @@
+"""One trial: what it measures, that it repeats bit for bit, and that its faults are results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import toy_agents
+
+from components.mixing import PruningPlan
+from search.base import Base, train_base, untrained_base
+from search.trial import TrialResult, TrialSettings, TrialSpec, run_trial, trial_seed
+
+METRICS = ("l2", "fisher")
+OBJECTIVES = ("parameters", "macs", "reconstruction_error")
+HALF = PruningPlan({"l2": 1.0, "fisher": 1.0}, {"encoder.0": 0.5, "latent": 0.4, "decoder.0": 0.75})
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    made = train_base("toy_agents:Toy", {}, seed=0, metrics=METRICS)
+    for values in (*made.states.values(), *made.scores.values(), made.calibration, made.data):
+        for array in values.values():
+            array.flags.writeable = False  # as arrays from Ray's object store are
+    return made
+
+
+def spec(plan: PruningPlan = HALF, number: int = 0, **settings) -> TrialSpec:
+    made = TrialSettings(
+        **{"metrics": METRICS, "objectives": OBJECTIVES, "fine_tune_updates": 20, **settings}
+    )
+    return TrialSpec(number, plan, "test", trial_seed(0, number), made)
+
+
+def with_fault(base: Base, fault: str) -> Base:
+    return dataclasses.replace(base, options={**base.options, "fault": fault})
+
+
+def same(first: TrialResult, second: TrialResult) -> bool:
+    ignored = {"timings": {}, "started": "", "finished": ""}
+    one, two = (json.dumps({**r.to_record(), **ignored}) for r in (first, second))
+    states = all(np.array_equal(first.state[name], second.state[name]) for name in first.state)
+    return one == two and states and set(first.state) == set(second.state)
+
+
+def test_keeping_everything_without_repair_is_the_base_bit_for_bit(base):
+    result = run_trial(spec(PruningPlan({"l2": 1.0}, {}), reconstruction="none", fine_tune_updates=0), base)
+    assert result.complete
+    assert result.retention == 1.0
+    assert result.size_ratio == 1.0
+    assert result.parameters == base.parameters
+    assert result.macs == base.macs
+    assert result.performance["reconstruction_error"] == base.performance["validation"]
+    for name, array in base.states["model"].items():
+        np.testing.assert_array_equal(result.state[name], array)
+
+
+def test_slicing_alone_keeps_the_best_channels_of_every_tensor(base):
+    result = run_trial(spec(reconstruction="none", fine_tune_updates=0), base)
+    assert result.widths == {"encoder.0": 6, "latent": 3, "decoder.0": 3}
+    kept = {}
+    for group, ratio in HALF.ratios.items():
+        mixed = sum(scores[group] / scores[group].mean() for scores in base.scores.values())
+        count = round((1 - ratio) * len(mixed))
+        kept[group] = tuple(sorted(np.argsort(-mixed, kind="stable")[:count].tolist()))
+    assert result.kept == kept
+    e, z, d = (list(kept[group]) for group in ("encoder.0", "latent", "decoder.0"))
+    dense = base.states["model"]
+    expected = {
+        "encoder.0.weight": dense["encoder.0.weight"][e],
+        "encoder.0.bias": dense["encoder.0.bias"][e],
+        "encoder.2.weight": dense["encoder.2.weight"][z][:, e],
+        "encoder.2.bias": dense["encoder.2.bias"][z],
+        "decoder.0.weight": dense["decoder.0.weight"][d][:, z],
+        "decoder.0.bias": dense["decoder.0.bias"][d],
+        "decoder.2.weight": dense["decoder.2.weight"][:, d],
+        "decoder.2.bias": dense["decoder.2.bias"],
+    }
+    assert set(result.state) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(result.state[name], array)
+
+
+def test_sizes_are_those_of_the_widths(base):
+    result = run_trial(spec(), base)
+    e, z, d, n = 6, 3, 3, toy_agents.INPUTS
+    encoder, decoder = n * e + e + e * z + z, z * d + d + d * n + n
+    assert result.component_sizes == {"encoder": encoder, "decoder": decoder}
+    assert result.parameters == encoder + decoder == sum(array.size for array in result.state.values())
+    assert result.macs == n * e + e * z + z * d + d * n
+    assert result.size_ratio == result.parameters / base.parameters
+    assert result.objectives == {
+        "parameters": result.parameters,
+        "macs": result.macs,
+        "reconstruction_error": result.performance["reconstruction_error"],
+    }
+
+
+def test_retention_is_the_share_of_the_bases_advantage_on_validation_data(base):
+    result = run_trial(spec(), base)
+    agent = toy_agents.Toy({}, result.widths)
+    agent.model.load_state_dict({name: torch.tensor(array) for name, array in result.state.items()})
+    validation, train = agent.data()["validation"], agent.data()["train"]
+    with torch.no_grad():
+        error = float((agent.act(validation) - validation).square().mean())
+    trivial = float((validation - train.mean(0)).square().mean())
+    assert result.performance["reconstruction_error"] == error
+    expected = (trivial - error) / (trivial - base.performance["validation"])
+    assert result.retention == pytest.approx(expected, rel=1e-12)
+    assert 0.3 < result.retention < 1.0
+
+
+def test_the_moments_are_sliced_with_the_model(base, monkeypatch):
+    seen = []
+    load = toy_agents.Toy.load_states
+
+    def spy(self, states):
+        seen.append(
+            {section: {n: tuple(t.shape) for n, t in state.items()} for section, state in states.items()}
+        )
+        load(self, states)
+
+    monkeypatch.setattr(toy_agents.Toy, "load_states", spy)
+    run_trial(spec(), base)
+    assert set(seen[-1]) == {"model", "adam_mean", "adam_square"}
+    assert seen[-1]["model"] == seen[-1]["adam_mean"] == seen[-1]["adam_square"]
+    assert seen[-1]["model"]["decoder.0.weight"] == (3, 3)
+
+
+@pytest.mark.parametrize("reconstruction", ["none", "sequential"])
+def test_the_same_specification_gives_the_same_bits_whatever_happened_before(base, reconstruction):
+    first = run_trial(spec(reconstruction=reconstruction), base)
+    torch.rand(17)
+    np.random.rand(3)
+    run_trial(spec(number=5), base)
+    copy = pickle.loads(pickle.dumps(base))  # another process: nothing is cached for it
+    second = run_trial(spec(reconstruction=reconstruction), copy)
+    assert same(first, second)
+
+
+def test_another_trial_number_is_another_fine_tuning(base):
+    first, second = run_trial(spec(number=1), base), run_trial(spec(number=2), base)
+    assert first.seed != second.seed
+    assert any((first.state[name] != second.state[name]).any() for name in first.state)
+
+
+def test_seeds_of_trials_are_distinct():
+    seeds = [trial_seed(seed, number) for seed in range(20) for number in range(200)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_nothing_outside_is_changed(base):
+    before = pickle.dumps((base.states, base.scores, base.data))
+    torch.set_num_threads(2)
+    torch.manual_seed(3)
+    np.random.seed(3)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    run_trial(spec(), base)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+    assert torch.get_num_threads() == 2
+    assert pickle.dumps((base.states, base.scores, base.data)) == before
+
+
+def test_repair_and_fine_tuning_each_help(base):
+    plan = PruningPlan({"l2": 1.0}, {"encoder.0": 0.5, "latent": 0.4, "decoder.0": 0.5})
+    sliced = run_trial(spec(plan, reconstruction="none", fine_tune_updates=0), base)
+    repaired = run_trial(spec(plan, fine_tune_updates=0), base)
+    tuned = run_trial(spec(plan, fine_tune_updates=100), base)
+    assert sliced.retention < repaired.retention < tuned.retention
+
+
+def test_gram_reconstruction_uses_the_grams_of_the_base():
+    base = train_base("toy_agents:Toy", {}, seed=0, metrics=METRICS, reconstruction="gram")
+    sliced = run_trial(spec(reconstruction="none", fine_tune_updates=0), base)
+    repaired = run_trial(spec(reconstruction="gram", fine_tune_updates=0), base)
+    assert repaired.complete
+    assert repaired.retention > sliced.retention
+
+
+def test_stages_are_timed_in_order(base):
+    result = run_trial(spec(), base)
+    assert list(result.timings) == ["score", "mix", "slice", "reconstruct", "fine_tune", "evaluate"]
+    assert all(seconds >= 0 for seconds in result.timings.values())
+    assert result.started <= result.finished
+
+
+def test_a_latency_is_measured_where_it_is_an_objective(base):
+    assert "latency_p99_ms" not in run_trial(spec(), base).objectives
+    result = run_trial(spec(objectives=("parameters", "latency_p99_ms", "latency_median_ms")), base)
+    assert 0 < result.objectives["latency_median_ms"] <= result.objectives["latency_p99_ms"]
+    assert result.host
+
+
+def test_a_trial_may_train_its_own_base_and_is_measured_against_it():
+    shape = untrained_base("toy_agents:Toy", {}, seed=0)
+    assert not shape.trained
+    result = run_trial(spec(base_mode="per_trial", number=3), shape)
+    assert result.complete, result.reason
+    assert next(iter(result.timings)) == "train"
+    own = train_base("toy_agents:Toy", {}, seed=trial_seed(0, 3), metrics=METRICS)
+    assert result.base_performance == own.performance
+    trivial = own.trivial["validation"]
+    error = result.performance["reconstruction_error"]
+    assert result.retention == (error - trivial) / (own.performance["validation"] - trivial)
+    assert same(result, run_trial(spec(base_mode="per_trial", number=3), shape))
+    other = run_trial(spec(base_mode="per_trial", number=4), shape)
+    assert other.base_performance != result.base_performance
+    dense = PruningPlan({"l2": 1.0}, {})
+    kept = run_trial(spec(dense, base_mode="per_trial", reconstruction="none", fine_tune_updates=0), shape)
+    assert kept.retention == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("raise", "fine_tune: RuntimeError: the toy was told to fail"),
+        ("nan", "evaluate: NonFiniteError: reconstruction_error is nan"),
+        ("inf", "evaluate: NonFiniteError: extra is inf"),
+    ],
+)
+def test_a_fault_is_a_failed_result_with_its_stage_and_reason(base, fault, reason):
+    result = run_trial(spec(), with_fault(base, fault))
+    assert result.status == "failed"
+    assert result.reason == reason
+    assert result.objectives == {}
+    assert result.parameters is None
+    assert result.state is None
+    assert result.timings
+    assert TrialResult.from_record(json.loads(json.dumps(result.to_record(), allow_nan=False))) == result
+    # The worker survives it: the next trial is as if nothing had happened.
+    assert same(run_trial(spec(), base), run_trial(spec(), base))
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings", "reason"),
+    [
+        (PruningPlan({"l2": 1.0}, {"encoder.7": 0.5}), {}, "mix: UserError: the model has no pruning group"),
+        (PruningPlan({"taylor": 1.0}, {}), {}, "mix: UserError: there are no scores of metric 'taylor'"),
+        (HALF, {"fine_tune_method": "magic"}, ""),
+        (HALF, {"reconstruction": "gram"}, "reconstruct: UserError: reconstruction 'gram' needs the Gram"),
+        (HALF, {"objectives": ("return",)}, "evaluate: KeyError: 'return'"),
+    ],
+)
+def test_an_impossible_specification_fails_and_does_not_raise(base, plan, settings, reason):
+    result = run_trial(spec(plan, **settings), base)
+    if reason:
+        assert not result.complete
+        assert result.reason.startswith(reason)
+        assert "\n" not in result.reason
+
+
+def test_records_come_back_exactly(base):
+    result = run_trial(spec(), base)
+    text = json.dumps(result.to_record(), allow_nan=False)
+    assert TrialResult.from_record(json.loads(text)) == dataclasses.replace(result, state=None)
+    nested = dataclasses.replace(
+        result, plan=PruningPlan({"encoder": {"l2": 0.3}, "coupling": {"l2": 1.0}}, {})
+    )
+    back = TrialResult.from_record(json.loads(json.dumps(nested.to_record())))
+    assert back.plan == nested.plan
+    assert back.measurement("size_ratio") == result.size_ratio
+    assert back.measurement("reconstruction_error") == result.performance["reconstruction_error"]
+    assert back.measurement("nothing") is None

@@ -1,0 +1,345 @@
+"""What reaches Weights & Biases, read back from the files of offline runs, and that nothing else happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search import wandb_logger
+from search.wandb_logger import WandbLogger
+from search.wandb_runs import flat, front_table, trial_run
+
+BLOCK = 32 * 1024
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """The records of a `.wandb` file, which is a LevelDB log of protocol buffers."""
+    from wandb.proto import wandb_internal_pb2
+
+    content = file.read_bytes()
+    assert content[:4] == b":W&B"
+    position, parts = 7, b""
+    while position + 7 <= len(content):
+        if BLOCK - position % BLOCK < 7:
+            position += BLOCK - position % BLOCK
+            continue
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def items(updates: Any) -> dict[str, Any]:
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in updates}
+
+
+class OfflineRun:
+    """One run as its file tells it."""
+
+    def __init__(self, file: Path) -> None:
+        self.history: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}
+        self.exit_code: int | None = None
+        for record in wandb_records(file):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                self.run = record.run
+                self.config |= items(record.run.config.update)
+            elif kind == "config":
+                self.config |= items(record.config.update)
+            elif kind == "history":
+                self.history.append(items(record.history.item))
+            elif kind == "summary":
+                self.summary |= items(record.summary.update)
+            elif kind == "exit":
+                self.exit_code = record.exit.exit_code
+
+
+def offline_runs(directory: Path) -> dict[str, OfflineRun]:
+    """The runs of a search by name; each must be there once."""
+    runs = [OfflineRun(file) for file in sorted((directory / "wandb").glob("offline-run-*/*.wandb"))]
+    named = {run.run.display_name: run for run in runs}
+    assert len(named) == len(runs)
+    return named
+
+
+def record(number: int, **changes: Any) -> dict[str, Any]:
+    complete = {
+        "trial": number,
+        "status": "complete",
+        "reason": None,
+        "origin": "tpe",
+        "seed": 7,
+        "objectives": {"parameters": 1000.0, "reconstruction_error": 0.25},
+        "parameters": 1000,
+        "size_ratio": 0.125,
+        "macs": 2000,
+        "retention": 0.875,
+        "performance": {"reconstruction_error": 0.25},
+        "component_sizes": {"encoder": 600, "decoder": 400},
+        "widths": {"encoder.0": 16, "latent": 4},
+        "coefficients": {"l2": 0.25, "fisher": 0.75},
+        "ratios": {"encoder.0": 0.5, "latent": 0.75},
+        "kept": {"encoder.0": [1, 2], "latent": [0]},
+        "rungs": [[50, 0.5], [150, 0.125]],
+        "timings": {"prune": 0.01, "fine_tune": 0.5},
+        "host": "somewhere",
+        "started": "2026-01-01T00:00:00+00:00",
+        "finished": "2026-01-01T00:00:01+00:00",
+    }
+    return complete | changes
+
+
+FAILED = {
+    "status": "failed",
+    "reason": "the worker died",
+    "objectives": {},
+    "parameters": None,
+    "size_ratio": None,
+    "macs": None,
+    "retention": None,
+    "performance": {},
+    "component_sizes": {},
+    "widths": {},
+    "kept": {},
+    "rungs": [],
+    "timings": {},
+}
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
+    """The files of a search of two trials."""
+    directory = tmp_path_factory.mktemp("logged")
+    warnings: list[str] = []
+    options: dict[str, Any] = {"experiment": "digits", "project": "small-agents", "warn": warnings.append}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WANDB_API_KEY", raising=False)
+        patch.delenv("WANDB_MODE", raising=False)
+        patch.setenv("NETRC", str(directory / "netrc"))
+        patch.setenv("WANDB_CONFIG_DIR", str(directory))
+        with WandbLogger(directory, config={"search": {"trials": 3}}, **options) as logger:
+            logger.log_trial(record(0))
+            logger.log_search({"trials": 1, "failures": 0, "front_size": 1, "hypervolume": 0.5})
+            logger.log_trial(record(1, **FAILED))
+            logger.log_search({"trials": 2, "failures": 1, "front_size": 1, "hypervolume": None})
+            front = [
+                {"trial": 0, "size_ratio": 0.125, "retention": 0.875, "ratios": {"latent": 0.75}},
+                {"trial": 2, "size_ratio": 0.5, "retention": 1.0, "ratios": {"encoder.0": 0.5}},
+            ]
+            logger.finish(front, {"hypervolume": 0.75, "retention_at": {"5 %": 0.25}})
+        assert logger.mode == "offline"
+        assert f"wandb sync --include-online --yes {directory / 'wandb'}" in (logger.where() or "")
+    assert warnings == []
+    return offline_runs(directory)
+
+
+def test_every_trial_is_a_run_of_the_experiments_group(logged: dict[str, OfflineRun]) -> None:
+    assert set(logged) == {"digits", "trial 0", "trial 1"}
+    for name, run in logged.items():
+        assert run.run.run_group == "digits"
+        assert run.run.project == "small-agents"
+        assert run.run.job_type == ("search" if name == "digits" else "trial")
+    prefix = logged["digits"].run.run_id.removesuffix("-search")
+    assert logged["trial 0"].run.run_id == f"{prefix}-00000"
+    assert logged["trial 1"].run.run_id == f"{prefix}-00001"
+
+
+def test_a_trial_has_its_configuration_measurements_and_losses(logged: dict[str, OfflineRun]) -> None:
+    run = logged["trial 0"]
+    config = {name: value for name, value in run.config.items() if not name.startswith("_")}
+    assert config == {
+        "trial": 0,
+        "origin": "tpe",
+        "seed": 7,
+        "ratio/encoder/0": 0.5,
+        "ratio/latent": 0.75,
+        "coefficient/l2": 0.25,
+        "coefficient/fisher": 0.75,
+    }
+    rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in run.history]
+    measured = {
+        "parameters": 1000.0,
+        "reconstruction_error": 0.25,
+        "size_ratio": 0.125,
+        "macs": 2000,
+        "retention": 0.875,
+        "performance/reconstruction_error": 0.25,
+    }
+    losses = [
+        {"fine_tune/updates": 50, "fine_tune/performance": 0.5},
+        {"fine_tune/updates": 150, "fine_tune/performance": 0.125},
+    ]
+    assert rows == [*losses, measured]
+    for name, value in {
+        "status": "complete",
+        "size/encoder": 600,
+        "width/encoder/0": 16,
+        "seconds/prune": 0.01,
+    }.items():
+        assert run.summary[name] == value
+    assert run.exit_code == 0
+
+
+def test_a_failed_trial_has_its_reason(logged: dict[str, OfflineRun]) -> None:
+    run = logged["trial 1"]
+    assert run.summary["status"] == "failed"
+    assert run.summary["reason"] == "the worker died"
+    assert run.history == []
+    assert run.exit_code == 1
+
+
+def test_the_search_has_its_course_and_its_front(logged: dict[str, OfflineRun]) -> None:
+    run = logged["digits"]
+    assert run.config["search/trials"] == 3
+    first, second, last = run.history
+    assert (first["trials"], first["failures"], first["front_size"], first["hypervolume"]) == (1, 0, 1, 0.5)
+    assert (second["trials"], second["failures"]) == (2, 1)
+    assert "hypervolume" not in second
+    assert (last["front/_type"], last["front/nrows"], last["front/ncols"]) == ("table-file", 2, 5)
+    assert run.summary["hypervolume"] == 0.75
+    assert run.summary["retention_at/5 %"] == 0.25
+    assert run.exit_code == 0
+    assert last["front_scatter_table/nrows"] == 2
+    assert "front_scatter" in json.dumps(run.config)
+
+
+def test_a_resumed_search_keeps_its_ids(tmp_path: Path) -> None:
+    for _ in range(2):
+        with WandbLogger(tmp_path, experiment="a.b c", mode="offline", warn=pytest.fail) as logger:
+            logger.log_trial(record(3))
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len({file.name for file in files}) == 2
+    assert all(file.name.startswith("run-a-b-c-") for file in files)
+
+
+def test_disabled_means_nothing_at_all(tmp_path: Path) -> None:
+    with WandbLogger(tmp_path, experiment="digits", mode="disabled", warn=pytest.fail) as logger:
+        logger.log_trial(record(0))
+        logger.finish([], {})
+    assert logger.where() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_costs_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    warnings: list[str] = []
+    with WandbLogger(tmp_path, experiment="digits", mode="online", warn=warnings.append) as logger:
+        logger.log_trial(record(0))
+    assert logger.mode == "offline"
+    [warning] = warnings
+    assert warning.startswith("W&B runs are kept offline: ")
+    assert set(offline_runs(tmp_path)) == {"digits", "trial 0"}
+
+
+def test_online_without_a_key_is_said(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    with WandbLogger(tmp_path, experiment="digits", mode="online", warn=warnings.append) as logger:
+        logger.log_trial(record(0))
+    [warning] = warnings
+    assert "No API key configured" in warning
+    assert set(offline_runs(tmp_path)) == {"digits", "trial 0"}
+
+
+def test_a_process_that_is_killed_costs_one_sentence(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    with WandbLogger(tmp_path, experiment="digits", mode="offline", warn=warnings.append) as logger:
+        assert logger._process is not None
+        os.kill(logger._process.pid, signal.SIGKILL)
+        logger._process.wait()
+        for number in range(100):
+            logger.log_trial(record(number))
+        logger.finish([], {})
+    log = tmp_path / "wandb" / "logger.log"
+    assert warnings == [f"W&B logging has ended early (see {log}); the search goes on without it"]
+
+
+def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids = hang(monkeypatch)
+    warnings: list[str] = []
+    logger = WandbLogger(tmp_path, experiment="digits", mode="offline", warn=warnings.append)
+    while logger.mode != "online":  # until it hangs
+        time.sleep(0.01)
+    for number in range(wandb_logger._WAITING_LIMIT + 5000):
+        logger.log_trial(record(number))
+    logger.close(timeout=0.2)
+    assert [sentence.split(":")[0].split(" and ")[0] for sentence in warnings] == [
+        "W&B logging is too slow for this search",
+        "W&B logging had not finished after 0.2 s",
+    ]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def hang(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the logging process read nothing and ignore polite requests to end; returns its id."""
+    start = subprocess.Popen
+    pids: list[int] = []
+    script = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('{"mode": "online"}', flush=True)
+time.sleep(3600)
+"""
+
+    def start_hanging(command: list[str], **options: Any) -> Any:
+        process = start([sys.executable, "-c", script], **options)
+        pids.append(process.pid)
+        return process
+
+    monkeypatch.setattr(wandb_logger.subprocess, "Popen", start_hanging)
+    return pids
+
+
+def test_a_value_that_is_no_json_costs_one_sentence(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    with WandbLogger(tmp_path, experiment="digits", mode="offline", warn=warnings.append) as logger:
+        logger.log_trial(record(0, origin=object()))
+        logger.log_trial(record(1, trial="not a number"))
+        logger.log_trial(record(2))
+    assert len(warnings) == 2
+    assert set(offline_runs(tmp_path)) == {"digits", "trial 2"}
+
+
+def test_flat_names() -> None:
+    assert flat({"a": {"b.c": 1, "d": {}}, "e": [1]}, "x/") == {"x/a/b/c": 1, "x/e": [1]}
+
+
+def test_coefficients_of_components_are_flat() -> None:
+    config, rows, summary = trial_run(
+        record(0, coefficients={"encoder": {"l2": 1.0}, "coupling": {"l1": 1.0}})
+    )
+    assert config["coefficient/encoder/l2"] == 1.0
+    assert config["coefficient/coupling/l1"] == 1.0
+    assert len(rows) == 3
+    assert "kept" not in summary
+
+
+def test_the_fronts_table_has_every_column_and_no_objects() -> None:
+    columns, rows = front_table(
+        [
+            {"trial": 1, "bundle": "models/1", "kept": [1, 2]},
+            {"trial": 2, "ratios": {"latent": 0.5}, "test": None},
+        ]
+    )
+    assert columns == ["trial", "bundle", "ratios/latent"]
+    assert rows == [[1, "models/1", None], [2, None, 0.5]]
+    assert front_table([]) == ([], [])
