@@ -213,7 +213,9 @@ class SearchConfig(_Section):
 
     Attributes:
         trials: the budget, >= 1, anchors and failures included.
-        sampler: `tpe`, `nsga2`, `gp` or `random`.
+        sampler: `tpe` proposes in 5 to 40 ms at any number of trials; `gp` takes 0.2 to 1.5 s, growing with
+            the trials, and finds much more with few: 64 trials of the digits autoencoder reach a hypervolume
+            of 0.78 with `gp`, 0.65 with `tpe` or `nsga2`, 0.60 with `random`.
         objectives: two or more give a front; null means `parameters` and the agent's performance. Names are
             `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` and the agent's for its performance.
         constraints: bounds that feasible trials meet, such as `{retention: ">= 0.5"}`.

@@ -17,6 +17,7 @@ from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, unt
 from search.base_files import load_base, save_base
 from search.cluster import SearchOutcome, run_search
 from search.config import ExperimentConfig, parse_experiment, resolve_objectives
+from search.determinism import deterministic
 from search.durable_files import write_text
 from search.front import Front
 from search.front_keeper import FrontKeeper
@@ -156,19 +157,21 @@ class ReadySearch:
             anchors=search.anchors,
         )
         try:
-            return run_search(
-                range(search.trials),
-                study=study,
-                make_spec=self.specify,
-                run_trial=run_trial,
-                base=self.base,
-                record=self.keeper.record,
-                observers=observers,
-                cpus=self.config.resources.cpus,
-                gpus=None if gpus == "auto" else gpus,
-                concurrency=search.concurrency,
-                address=address,
-            )
+            # One thread here: the cores are the workers', and a sampler's bits depend on the thread count.
+            with deterministic(search.seed, threads=1):
+                return run_search(
+                    range(search.trials),
+                    study=study,
+                    make_spec=self.specify,
+                    run_trial=run_trial,
+                    base=self.base,
+                    record=self.keeper.record,
+                    observers=observers,
+                    cpus=self.config.resources.cpus,
+                    gpus=None if gpus == "auto" else gpus,
+                    concurrency=search.concurrency,
+                    address=address,
+                )
         finally:
             study.close()
 

@@ -221,7 +221,7 @@ def _losses(values: ArrayLike, directions: Sequence[Direction]) -> NDArray[np.fl
         raise ValueError(f"direction {sorted(unknown)[0]!r} is neither 'minimize' nor 'maximize'")
     _require_finite(array)
     signs = np.array([1.0 if direction == "minimize" else -1.0 for direction in directions])
-    losses: NDArray[np.float64] = array * signs + 0.0  # + 0.0 makes -0.0 equal 0.0 bit for bit
+    losses: NDArray[np.float64] = array * signs
     return losses
 
 

@@ -302,24 +302,21 @@ def test_recording_of_a_model_called_twice() -> None:
 
 def test_what_is_recorded_shares_no_memory_with_the_activations() -> None:
     """A program may overwrite its tensors."""
-    model = nn.Sequential(
-        nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ELU(inplace=True)
-    ).double()
-    model.append(nn.Linear(4, 2).double())
-    x = rand(9, 3)
-    graph = trace(model, lambda m: {"y": m(x)}, components={"a": ["0", "2"], "b": ["4"]})
-    data = x.clone()
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    graph = traced(model, rand(9, 3), components={"a": ["0"], "b": ["2"]})
 
     def program(m: nn.Module) -> dict[str, Tensor]:
-        return {"y": m(x), "spoilt": x.zero_()}
+        x = rand(9, 3)
+        h = m[:2](x)  # type: ignore[index]
+        y = m[2](h)  # type: ignore[index]
+        return {"y": y, "spoilt": x.zero_(), "too": h.zero_()}
 
     recording = record(graph, model, program)
-    x.copy_(data)
-    torch.testing.assert_close(
-        recording.coupled["4.weight"], (model[:4](data).detach(),), rtol=1e-12, atol=1e-12
-    )
-    gram = recording.grams["0.weight"].fit
-    np.testing.assert_allclose(gram.mean[0], data[: round(9 * (1 - HELD_OUT))].mean(0), rtol=1e-12)
+    h = model[:2](rand(9, 3)).detach()
+    torch.testing.assert_close(recording.coupled["2.weight"], (h,), rtol=1e-12, atol=1e-12)
+    fitted = round(9 * (1 - HELD_OUT))
+    for weight, rows in (("0.weight", rand(9, 3)), ("2.weight", h)):
+        np.testing.assert_allclose(recording.grams[weight].fit.mean[0], rows[:fitted].mean(0), rtol=1e-12)
 
 
 def test_gram_matrices_are_made_only_if_wanted() -> None:

@@ -180,6 +180,13 @@ def test_anchors_of_one_metric_have_no_pure_one_beside_the_uniform() -> None:
     assert [anchor.label for anchor in other] == ["dense", "uniform 20 %", "pure l2"]
 
 
+def test_plans_from_elsewhere_are_clipped_into_the_space() -> None:
+    space = build(max_ratio=0.9, metrics=("l2",))
+    params = space.params_of(PruningPlan({"l2": 2.0}, {"encoder.0": 0.999, "latent": 0.5}))
+    low = space.dimensions[0].low
+    assert params == {"keep/encoder.0": low, "keep/latent": 0.5, "keep/decoder.0": 1.0}
+
+
 def test_equal_decisions_are_recognised() -> None:
     space = build()
     params = space.anchors()[1].params
