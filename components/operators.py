@@ -28,11 +28,15 @@ VIEWS: set[str] = set()
 
 def rule_for(operator: Any) -> Rule | None:
     """The rule of an operator overload, or None. Everything torch tags as pointwise has one."""
-    rule = RULES.get(str(operator.overloadpacket))
-    if rule is not None:
-        return rule
+    name = str(operator.overloadpacket)
+    if name in RULES:
+        return RULES[name]
     if torch.Tag.pointwise in operator.tags:
         return pointwise
+    packet = getattr(torch.ops.aten, name.removeprefix("aten.")[:-1], None) if name.endswith("_") else None
+    if packet is not None:  # in place; some of these lack the tag
+        overloads = (getattr(packet, overload) for overload in packet.overloads())
+        return pointwise if any(torch.Tag.pointwise in overload.tags for overload in overloads) else None
     return None
 
 
@@ -49,11 +53,14 @@ def rule(*names: str, view: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
-def keeps_weights(rule: Rule) -> bool:
-    """True where a weight is still a weight after the operator; contractions and look-ups use it up."""
+def keeps_weights(tracer: Tracer, rule: Rule, tags: Sequence[Tag]) -> bool:
+    """True where an operator on weights alone gives a weight: all but the contraction with a constant."""
     contractions: tuple[Rule, ...] = (matmul, add_matmul, add_vector_product, linear, convolution, attention)
-    look_ups: tuple[Rule, ...] = (embedding, index_along, index)
-    return rule not in (*contractions, *look_ups)
+    return rule not in contractions or all(_has_channels(tracer, tag) for tag in tags)
+
+
+def _has_channels(tracer: Tracer, tag: Tag) -> bool:
+    return any(tracer.is_of_parameter(ids) for ids in tag.ids)
 
 
 def pinned(size: int) -> Ids:
@@ -105,7 +112,8 @@ def broadcast(tracer: Tracer, tags: Sequence[Tag], shape: Sequence[int]) -> tupl
     "fill_",
     "zero_",
 )
-@rule("fill", "rrelu_with_noise", "nan_to_num", "lerp", "_assert_async", "dropout")
+@rule("fill", "rrelu_with_noise", "rrelu_with_noise_", "nan_to_num", "lerp", "_assert_async", "dropout")
+@rule("hardswish", "hardswish_", "log_sigmoid_forward", "complex", "polar", "to")
 def pointwise(tracer: Tracer, call: Call) -> Tag | list[Tag | None]:
     """Every output element depends on the input elements of the same (broadcast) place alone.
 
@@ -184,10 +192,13 @@ def contract(
     """
     tracer.join(left.ids[-1], right.ids[-2])
     tracer.read(left.ids[-1])
-    tracer.consume(left, -1)
-    tracer.consume(right, -2)
-    tracer.carry(left, -2)
-    tracer.carry(right, -1)
+    if not (
+        left.is_weight and right.is_weight and _has_channels(tracer, left) and _has_channels(tracer, right)
+    ):
+        tracer.consume(left, -1)  # but a product of two weights is itself a weight
+        tracer.consume(right, -2)
+        tracer.carry(left, -2)
+        tracer.carry(right, -1)
     batch: tuple[Ids, ...] = ()
     if batched:
         tracer.join(left.ids[0], right.ids[0])
@@ -514,6 +525,12 @@ def _reduced(tag: Tag, axes: set[int], output: Any) -> Tag | None:
             )
         )
     return Tag(tuple(ids for axis, ids in enumerate(tag.ids) if axis not in axes))
+
+
+@rule("_is_all_true", "_is_any_true")
+def validate(tracer: Tracer, call: Call) -> Tag:
+    """How `torch.distributions` checks its arguments, only to raise an error: fewer of them pass as well."""
+    return Tag(())
 
 
 @rule("_local_scalar_dense", "item", "is_nonzero", "equal")

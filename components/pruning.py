@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from components.dependency import DependencyGraph, Keep
-from components.errors import UserError
+from components.errors import UserError, nearest
 
 KeptIndices = Mapping[str, tuple[Tensor | None, ...]]
 """For every parameter that loses something: per axis the kept indices, or None for all of them."""
@@ -26,21 +27,13 @@ def kept_indices(graph: DependencyGraph, keep: Keep) -> dict[str, tuple[Tensor |
     """
     unknown = sorted(set(keep) - set(graph.by_name))
     if unknown:
-        raise UserError(f"unknown pruning group {unknown[0]!r}; the model has {sorted(graph.by_name)}")
+        raise UserError(f"unknown pruning group {unknown[0]!r}; {nearest(unknown[0], graph.by_name)}")
     masks: dict[tuple[str, int], Tensor] = {}
     for name, kept in keep.items():
         group = graph.by_name[name]
-        if kept.dtype != torch.bool or kept.shape != (group.size,):
-            raise UserError(
-                f"the mask of group {name!r} is {kept.dtype} of shape {tuple(kept.shape)}; "
-                f"it has to be torch.bool of shape ({group.size},)"
-            )
+        _check_mask(name, kept, group.size)
         if kept.all():
             continue
-        if not kept.any():
-            raise UserError(
-                f"the mask of group {name!r} keeps nothing; at least one of {group.size} has to stay"
-            )
         removed = ~kept.cpu()
         for member in group.members:
             key = member.parameter, member.axis
@@ -52,6 +45,23 @@ def kept_indices(graph: DependencyGraph, keep: Keep) -> dict[str, tuple[Tensor |
         axes = found.setdefault(name, [None] * len(graph.shapes[name]))
         axes[axis] = mask.nonzero().flatten()
     return {name: tuple(axes) for name, axes in found.items()}
+
+
+def _check_mask(name: str, kept: Any, size: int) -> None:
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != (size,):
+        given = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
+        raise UserError(f"the mask of group {name!r} is {given}; it has to be torch.bool of shape ({size},)")
+    if not kept.any():
+        raise UserError(f"the mask of group {name!r} keeps nothing; at least one of {size} has to stay")
+
+
+def _check_shape(name: str, tensor: Any, shape: torch.Size) -> None:
+    if not isinstance(tensor, Tensor):
+        raise UserError(f"{name!r} is {type(tensor).__name__} in the state; it has to be a tensor")
+    if tensor.shape != shape:
+        raise UserError(
+            f"{name!r} has shape {tuple(tensor.shape)} in the state and {tuple(shape)} in the traced model"
+        )
 
 
 def slice_state(
@@ -68,11 +78,7 @@ def slice_state(
         known = aliases.get(name, name)
         if known not in graph.shapes:
             raise UserError(f"the state has {name!r}, which the traced model does not have")
-        if tensor.shape != graph.shapes[known]:
-            raise UserError(
-                f"{name!r} has shape {tuple(tensor.shape)} in the state and {tuple(graph.shapes[known])} in the "
-                "traced model"
-            )
+        _check_shape(name, tensor, graph.shapes[known])
         piece = tensor.detach()
         for axis, kept in enumerate(indices.get(known, ())):
             if kept is not None:

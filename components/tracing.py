@@ -48,8 +48,8 @@ class Tag:
         parameter: name of the parameter this tensor is a view of, or None.
         axes: for every axis, the axis of `parameter` it shows, or None.
         result_of: index of the consumer whose product this is (before a bias), or None.
-        is_weight: True where it comes from parameters, buffers and constants alone, with no contraction yet;
-            a contraction with it reads the other operand's channels.
+        is_weight: True where it comes from parameters, buffers and constants alone (a scaled weight, a
+            product of two): a contraction of an activation with it reads the activation's channels.
     """
 
     ids: tuple[Ids, ...]
@@ -337,7 +337,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.touch(tag)
         given = rule(self, call)
         assigned = (given,) if isinstance(given, Tag) else tuple(given)
-        is_weight = keeps_weights(rule) and all(tag.is_weight for tag in tags)
+        is_weight = all(tag.is_weight for tag in tags) and keeps_weights(self, rule, tags)
         for output, tag_out in zip(outputs, assigned, strict=False):
             if isinstance(output, Tensor) and tag_out is not None:
                 self._attach(output, replace(tag_out, is_weight=is_weight), view=call.name in VIEWS)
@@ -450,8 +450,10 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, parameters, buffers, training in registered:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+            for name, parameter in parameters.items():
+                module._parameters[name] = parameter
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer
             module.training = training
         for tensor, value in values:
             tensor.data.copy_(value)
@@ -468,9 +470,10 @@ def trace(
 
     The model is not changed: what running it updates (batch-norm statistics, torch's random state) is put
     back. A `-1` in a reshape says which of the axes that it splits changes its size; without one it is the
-    outermost (heads, blocks, channels of a decoder), and the inner ones keep theirs. Sizes that Python reads
-    from a shape (`h.shape[-1] ** -0.5`) cannot be followed: they are those of the kept channels. The branches
-    that a run does not take are not seen.
+    outermost (heads, blocks, channels of a decoder), and the inner ones keep theirs. The bounds of a slice
+    and the sizes of a split are taken for widths. Sizes that Python reads from a shape
+    (`h.shape[-1] ** -0.5`) cannot be followed: they are those of the kept channels. The branches that a run
+    does not take are not seen.
 
     Args:
         model: any module; it needs no `forward`.
@@ -502,7 +505,7 @@ def trace(
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    ordinary = tensor.layout == torch.strided and tensor.device.type != "meta"
+    ordinary = tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor._is_zerotensor()
     return ordinary and tensor.numel() > 0 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
