@@ -336,6 +336,7 @@ def _grouped(tracer: Tracer, inputs: Ids, weight: Tag, groups: int, transposed: 
         per_group_out = len(weight.ids[1])
         outputs = np.tile(weight.ids[1], groups)
         tracer.carry(weight, 1)
+        tracer.consume(weight, 0)
         tracer.join(inputs, weight.ids[0])
     else:  # weight: (outputs, inputs / groups, *kernel)
         outputs = weight.ids[0]
@@ -478,6 +479,7 @@ def group_norm(tracer: Tracer, call: Call) -> list[Tag | None]:
 )
 @rule(
     "_softmax",
+    "_safe_softmax",
     "_log_softmax",
     "softmax",
     "log_softmax",

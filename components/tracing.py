@@ -232,9 +232,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def leave(self, tensor: Tensor) -> None:
         """Python reads the values and may do anything with them: nothing in the tensor may be removed."""
-        if id(tensor) in self._tags:
-            for ids in self._tags[id(tensor)].ids:
-                self.pin(ids)
+        for ids in self.tag(_unwrapped(tensor)).ids:
+            self.pin(ids)
+
+    def scale_by(self, tensor: Tensor) -> None:
+        """The length of the last axis enters the computation as a number, so that axis stays."""
+        plain = _unwrapped(tensor)
+        for ids in self.tag(plain).ids[-1:] if plain is tensor else self.tag(plain).ids:
+            self.pin(ids)
 
     def touch(self, tag: Tag) -> None:
         """Note that an operator computes with these ids; what nothing ever computes with is pinned."""
@@ -391,7 +396,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class PythonCalls(TorchFunctionMode):
-    """Sees what happens above the operators: values that Python reads, and the `-1` of a reshape."""
+    """Sees what happens above the operators: values that Python reads, widths that scale, `-1` in a shape."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -403,6 +408,9 @@ class PythonCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in _READS_VALUES:
             self._tracer.leave(args[0])
+        if function is nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
+            for tensor in (*args, *kwargs.values())[:2]:  # query and key
+                self._tracer.scale_by(tensor)
         if function not in _RESHAPES:
             return function(*args, **kwargs)
         self._tracer.flexible_axis = _flexible_axis(function, args, kwargs)
@@ -507,6 +515,13 @@ def trace(
 def _has_memory(tensor: Tensor) -> bool:
     ordinary = tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor._is_zerotensor()
     return ordinary and tensor.numel() > 0 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside the wrappers of `vmap` and its like."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _view_key(tensor: Tensor) -> tuple[Any, ...]:

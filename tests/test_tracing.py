@@ -164,8 +164,7 @@ def test_consumers_read_what_they_say(family: Family) -> None:
     reading = {(m.parameter, m.axis) for g in graph.groups for m in g.members if m.consumes}
     for consumer in graph.consumers:
         assert (consumer.weight, consumer.output_axis) not in reading
-        if consumer.groups == 1:
-            assert (consumer.weight, consumer.input_axis) not in producing
+        assert (consumer.weight, consumer.input_axis) not in producing
         if consumer.bias is not None:
             outputs = state[consumer.weight].shape[consumer.output_axis] * (
                 consumer.groups if consumer.kind == "transposed_convolution" else 1

@@ -384,6 +384,10 @@ PINNED = [
     Case("element read by Python", by_maximum, ()),
     Case("list read by Python", lambda h: h * sum(h[0].tolist()), ()),
     Case("array read by Python", lambda h: torch.from_numpy(h.numpy() * 2), ()),
+    Case("convolved over channels", lambda h: F.conv1d(h[:, None], X.new_ones(1, 1, 3))[:, 0], ()),
+    Case("batch norm over channels", lambda h: F.batch_norm(h[:, None], None, None, training=True)[:, 0], ()),
+    Case("group norm over channels", lambda h: F.group_norm(h[:, None], 1)[:, 0], ()),
+    Case("channels as tokens", lambda h: F.scaled_dot_product_attention(*[h.t()[None]] * 3)[0].t(), ()),
     Case("pooled over channels", lambda h: F.avg_pool1d(h[:, None], 2)[:, 0], ()),
     Case("response norm", spatial(lambda h: F.local_response_norm(h, 2)), ()),
     Case("select by mask", lambda h: torch.masked_select(h, h > 0)[:8][None], ()),
@@ -526,6 +530,20 @@ def mean_of_ensemble(p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"y": torch.bmm(h, p["b"]).sum(0)}
 
 
+def attention(p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The width of queries and keys sets the scale; that of values is free; a learned mask stays."""
+    q, k, v = (torch.tanh(X @ p[name])[None] for name in ("q", "k", "v"))
+    return {"y": F.scaled_dot_product_attention(q, k, v, attn_mask=p["mask"])[0] @ p["b"]}
+
+
+def soft_embedding(p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A table looked up by data, and mixed by what scores its rows."""
+    h = F.embedding(INDEX, p["table"])
+    return {"y": (h @ p["table"].t()).relu() @ p["table"] @ p["b"]}
+
+
+attend = F.scaled_dot_product_attention
+TOKENS = numbers(2, 4, 5)
 IMAGE = numbers(BATCH, 2, 3, 3)
 LAYOUTS = [
     Layout(
@@ -619,6 +637,43 @@ LAYOUTS = [
         {"a": 8},
     ),
     Layout(
+        "only a vector reads",
+        {"v": (8,), "a": (8, 5)},
+        lambda p: {"y": (p["a"] @ X.t()).tanh().t() @ p["v"]},
+        {"a": 8},
+    ),
+    Layout(
+        "weights on the left",
+        {"b": (3, 8), "a": (8, 5)},
+        lambda p: {"y": p["b"] @ (p["a"] @ X.t()).tanh()},
+        {"a": 8},
+    ),
+    Layout(
+        "a matrix times a vector of data",
+        {"b": (3, 8), "a": (8, 5)},
+        lambda p: {"y": torch.addmv(X[:3, 0], p["b"], (p["a"] @ X[0]).tanh())},
+        {"a": 8},
+    ),
+    Layout(
+        "attention",
+        {"q": (5, 8), "k": (5, 8), "v": (5, 6), "mask": (4, 4), "b": (6, 3)},
+        attention,
+        {"v": 6},
+    ),
+    Layout(
+        "attention under vmap",
+        {"q": (5, 8), "k": (5, 8), "v": (5, 6), "b": (6, 3)},
+        lambda p: {"y": torch.vmap(lambda x: attend(x @ p["q"], x @ p["k"], x @ p["v"]))(TOKENS) @ p["b"]},
+        {"v": 6},
+    ),
+    Layout(
+        "attention of a stated scale",
+        {"q": (5, 8), "k": (5, 8), "v": (5, 6), "b": (6, 3)},
+        lambda p: {"y": attend(*(TOKENS @ p[name] for name in "qkv"), scale=0.3) @ p["b"]},
+        {"q": 8, "v": 6},
+    ),
+    Layout("a soft embedding", {"table": (7, 8), "b": (8, 3)}, soft_embedding, {"table": 8}),
+    Layout(
         "a vector makes channels",
         {"v": (8,), "b": (8, 3)},
         lambda p: {"y": torch.tanh(X[:, :1] * p["v"]) @ p["b"]},
@@ -672,6 +727,25 @@ def test_layout(layout: Layout) -> None:
     graph = traced(bag, layout.program)
     assert graph.widths == layout.widths
     check(graph, bag, layout.program)
+
+
+@pytest.mark.parametrize(
+    ("name", "readers"),
+    [
+        ("only a vector reads", {("v", 0)}),
+        ("weights on the left", {("b", 1)}),
+        ("a matrix times a vector of data", {("b", 1)}),
+        ("a chain in one einsum", {("w", 0), ("u", 0), ("b", 0)}),
+        ("a weight times a mask", {("mask2", 1)}),
+        ("a low-rank update keeps its rank", {("b", 0)}),
+        ("heads by einsum", {("b", 1), ("c", 1)}),
+    ],
+)
+def test_who_reads(name: str, readers: set[tuple[str, int]]) -> None:
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    bag = Bag({name: numbers(*shape) for name, shape in layout.shapes.items()})
+    members = [member for group in traced(bag, layout.program).groups for member in group.members]
+    assert {(member.parameter, member.axis) for member in members if member.consumes} == readers
 
 
 def test_what_a_branch_not_taken_uses_is_pinned() -> None:
@@ -802,6 +876,7 @@ def test_ways_to_run(run: Callable[[Any], Tensor], widths: dict[str, int]) -> No
     net = modules(a=nn.Linear(5, 8), b=nn.Linear(8, 3))
     graph = components.trace(net, lambda m: {"y": run(m)}, components={"all": [""]})
     assert graph.widths == widths
+    assert ("b.weight", 1) in {(m.parameter, m.axis) for m in graph.groups[0].members if m.consumes}
     check(graph, net, through(net, run))
 
 

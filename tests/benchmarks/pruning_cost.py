@@ -79,8 +79,8 @@ class WorldModel(nn.Module):
 class Ours:
     """One dense model with its graph and recording, and what a trial does with them.
 
-    Its states are the model, a target network and two optimizer moments; its scores are the parameters' norms and
-    two metrics of statistics gathered during training, here random numbers of the same shapes.
+    Its states are the model, a target network and two optimizer moments; its scores are the parameters' norms
+    and two metrics of statistics gathered during training, here random numbers of the same shapes.
     """
 
     def __init__(self, share: float) -> None:
@@ -116,7 +116,8 @@ class Ours:
         scores = dict(zip(self._plan.coefficients, (l2, *tracked), strict=True))
         keep = choose(self._graph, scores, self._plan)
         indices = kept_indices(self._graph, keep)
-        return keep, [slice_state(self._graph, state, indices) for state in self._states][0]
+        sliced, *_ = [slice_state(self._graph, state, indices) for state in self._states]
+        return keep, sliced
 
     def prune_and_repair(self) -> None:
         """The same, and build and repair the small model."""
