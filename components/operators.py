@@ -739,9 +739,11 @@ def index(tracer: Tracer, call: Call) -> Tag:
             tracer.pin(ids)
     for axis in used:
         tracer.pin(tag.ids[axis])
-    if len(used) == 1 and indices[used[0]].dtype in (torch.long, torch.int32):
-        axis, shape = used[0], indices[used[0]].shape
-        return Tag((*tag.ids[:axis], *(pinned(size) for size in shape), *tag.ids[axis + 1 :]))
+    places = indices[used[0]]
+    if len(used) == 1 and (places.dtype in (torch.long, torch.int32) or places.dim() == 1):
+        axis = used[0]
+        chosen = call.outputs[0].shape[axis : axis + places.dim()]
+        return Tag((*tag.ids[:axis], *(pinned(size) for size in chosen), *tag.ids[axis + 1 :]))
     for ids in tag.ids:
         tracer.pin(ids)
     return all_pinned(call.outputs[0])

@@ -603,9 +603,7 @@ def _apply_ties(
     internal = dict.fromkeys(name for first, second in ties for name in (second, first))
     for name, output in outputs.items():
         if name not in internal:
-            tag = tracer.tag(output)
-            tracer.touch(tag)
-            for ids in tag.ids:
+            for ids in tracer.tag(output).ids:
                 tracer.pin(ids)
     return [(name, tracer.tag(outputs[name]).ids[-1]) for name in internal]
 
@@ -622,8 +620,10 @@ def _groups(
     """
     by_signature: dict[Signature, dict[int, Slices]] = defaultdict(dict)
     parts = tracer.parts()
+    places = [(name, axis) for name, axes in tracer.parameter_ids.items() for axis in range(len(axes))]
+    made = {(name, axis) for name, axis in places if tracer.produces(name, axis)}
     for root, slices in tracer.channels().items():
-        if any(tracer.produces(name, axis) for name, axis in slices):
+        if not made.isdisjoint(slices):
             slots = tuple((name, axis, len(indices)) for (name, axis), indices in slices.items())
             by_signature[slots, frozenset(parts[root])][root] = slices
     position = {name: index for index, name in enumerate(order)}
@@ -642,7 +642,7 @@ def _groups(
             for name, axis, _ in slots
         )
         producer = min(
-            (member for member in members if tracer.produces(member.parameter, member.axis)),
+            (member for member in members if (member.parameter, member.axis) in made),
             key=lambda member: position[member.parameter],
         )
         touched = frozenset(str(owner(member.parameter, components)) for member in members)

@@ -177,6 +177,9 @@ def causal(h: Tensor) -> Tensor:
 
 X = numbers(BATCH, 5)
 EIGHT = numbers(8)
+PLACES = numbers(BATCH, 1, 8, 5)
+IMAGE = numbers(BATCH, 2, 3, 3)
+attend = F.scaled_dot_product_attention
 INDEX = torch.tensor([3, 0, 0, 6])
 KEEPS_ALL = [
     Case("relu", torch.relu, (8,)),
@@ -233,6 +236,7 @@ KEEPS_ALL = [
     Case("median of the batch", lambda h: h + h.median(0).values, (8,)),
     Case("rows by number", lambda h: h[[2, 0]] + h[1] + h.select(0, 0), (8,)),
     Case("rows by index", lambda h: h.index_select(0, INDEX[1:3]), (8,)),
+    Case("rows by mask", lambda h: h[X[:, 0] > X[:, 0].min()], (8,)),
     Case("rows by slice", lambda h: h[1:] - h[:-1] + h[::2][:1], (8,)),
     Case("causal mask", causal, (8,)),
     Case("unsqueeze and squeeze", lambda h: h[:, None].squeeze(1).unsqueeze(-1).squeeze(-1), (8,)),
@@ -387,7 +391,37 @@ PINNED = [
     Case("convolved over channels", lambda h: F.conv1d(h[:, None], X.new_ones(1, 1, 3))[:, 0], ()),
     Case("batch norm over channels", lambda h: F.batch_norm(h[:, None], None, None, training=True)[:, 0], ()),
     Case("group norm over channels", lambda h: F.group_norm(h[:, None], 1)[:, 0], ()),
-    Case("channels as tokens", lambda h: F.scaled_dot_product_attention(*[h.t()[None]] * 3)[0].t(), ()),
+    Case("channels as tokens", lambda h: attend(*[h.t()[None]] * 3)[0].t(), ()),
+    Case(
+        "channels as tokens of a head",
+        lambda h: attend(*[h.t()[None, None].contiguous()] * 3)[0, 0].t(),
+        (),
+    ),
+    Case(
+        "channels as a mask",
+        lambda h: attend(X[:, None, None], *[PLACES] * 2, attn_mask=h[:, None, None]).flatten(1),
+        (),
+    ),
+    Case("complex along an open axis", lambda h: torch.view_as_complex(h.view(BATCH, 4, -1)).abs(), ()),
+    Case("two indices beside channels", lambda h: h[:, None].expand(-1, 3, -1)[[0, 1], [1, 2]], ()),
+    Case("channels as positions", lambda h: F.interpolate(h[:, None], scale_factor=2)[:, 0], ()),
+    Case(
+        "channels as pixels",
+        lambda h: F.pixel_shuffle(h[:, None, None].expand(-1, 4, -1, -1), 2).flatten(1),
+        (),
+    ),
+    Case(
+        "channels as coordinates",
+        lambda h: F.grid_sample(IMAGE, h.view(BATCH, -1, 1, 2).tanh(), align_corners=True)[:, 0, 0],
+        (),
+    ),
+    Case("comparison by Python", lambda h: h * float(torch.equal(h, h + 1)), ()),
+    Case("numbers from channels", lambda h: h[:, h.argmax(-1)] if h.shape[0] else h, ()),
+    Case(
+        "two indices by channels",
+        lambda h: IMAGE.flatten(1)[torch.arange(BATCH)[:, None], (h > 0).long()],
+        (),
+    ),
     Case("pooled over channels", lambda h: F.avg_pool1d(h[:, None], 2)[:, 0], ()),
     Case("response norm", spatial(lambda h: F.local_response_norm(h, 2)), ()),
     Case("select by mask", lambda h: torch.masked_select(h, h > 0)[:8][None], ()),
@@ -437,6 +471,19 @@ def test_operator(case: Case) -> None:
     assert tuple(group.size for group in graph.groups) == case.groups
     if case.exact:
         check(graph, program.bag, program)
+
+
+@pytest.mark.parametrize("case", PINNED, ids=str)
+def test_operator_beside_another_reader(case: Case) -> None:
+    """The channels are pinned by what the operator does, not because nothing else could read them."""
+    program = Between(case)
+    program.bag.c = nn.Linear(case.width, 2).double()
+
+    def beside(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        h = F.linear(X, state["a.weight"], state["a.bias"])
+        return {**program(state), "z": F.linear(h, state["c.weight"], state["c.bias"])}
+
+    assert traced(program.bag, beside).widths == {}
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED, ids=str)
@@ -536,15 +583,25 @@ def attention(p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"y": F.scaled_dot_product_attention(q, k, v, attn_mask=p["mask"])[0] @ p["b"]}
 
 
+def product_written_into_memory(p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    z = torch.zeros(BATCH, p["a"].shape[1], dtype=X.dtype)
+    torch.mm(X, p["a"], out=z)
+    return {"y": z.tanh() @ p["b"]}
+
+
+def repeated_data(p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How often data are repeated is the program's business."""
+    h = X.repeat_interleave(2, 1)
+    return {"y": h @ p["a"] @ p["a"].t() @ p["b"], "z": h @ p["b"]}
+
+
 def soft_embedding(p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A table looked up by data, and mixed by what scores its rows."""
     h = F.embedding(INDEX, p["table"])
     return {"y": (h @ p["table"].t()).relu() @ p["table"] @ p["b"]}
 
 
-attend = F.scaled_dot_product_attention
 TOKENS = numbers(2, 4, 5)
-IMAGE = numbers(BATCH, 2, 3, 3)
 LAYOUTS = [
     Layout(
         "square weights, one after the other",
@@ -672,6 +729,10 @@ LAYOUTS = [
         lambda p: {"y": attend(*(TOKENS @ p[name] for name in "qkv"), scale=0.3) @ p["b"]},
         {"q": 8, "v": 6},
     ),
+    Layout(
+        "a product written into memory", {"a": (5, 8), "b": (8, 3)}, product_written_into_memory, {"a": 8}
+    ),
+    Layout("repeated data", {"a": (10, 6), "b": (10, 3)}, repeated_data, {"a": 6}),
     Layout("a soft embedding", {"table": (7, 8), "b": (8, 3)}, soft_embedding, {"table": 8}),
     Layout(
         "a vector makes channels",

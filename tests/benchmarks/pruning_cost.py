@@ -4,7 +4,7 @@ The model is a world model of six components (about 1.5 million parameters). Our
 metrics, mix, choose and slice the model, a target network and two optimizer moments; the graph is traced
 once per base, so it is not part of a trial (its cost is reported beside). Torch-Pruning: build the dependency
 graph and prune the model alone, which is what each of its trials has to do. `with_reconstruction` adds
-sequential closed-form repair on 2,048 calibration rows, for which Torch-Pruning has no counterpart. Both
+sequential closed-form repair on 1,024 calibration rows, for which Torch-Pruning has no counterpart. Both
 sides run in one process with the same threads; times are medians of interleaved repetitions, in milliseconds.
 """
 
@@ -29,7 +29,7 @@ from components.reconstruction import reconstruct
 
 LATENT, HIDDEN, OBSERVATION, ACTION = 50, 512, 24, 6
 SHARES = (0.1, 0.5)
-ROWS = 2048
+ROWS = 1024  # as many as a search calibrates on
 
 
 def mlp(inputs: int, hidden: tuple[int, int], outputs: int) -> nn.Sequential:
