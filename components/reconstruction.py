@@ -254,11 +254,15 @@ class _Sequence:
                 self._stale = False
                 with Watcher(self._graph, self._model, self._handle):
                     program(self._model)
-                if self._waiting and self._waiting[0].weight == first:
-                    raise UserError(
-                        f"the program calls {first!r} {self._calls.get(first, 0)} times, and "
-                        f"{len(self._recording.outputs[first])} times in the recording; both have to be alike"
-                    )
+                if not self._waiting or self._waiting[0].weight != first:
+                    continue
+                if first not in self._calls:  # at width 1, einsum multiplies where it contracted before
+                    self._waiting.pop(0)  # this one keeps its sliced weights
+                    continue
+                raise UserError(
+                    f"the program calls {first!r} {self._calls[first]} times, and "
+                    f"{len(self._recording.outputs[first])} times in the recording; both have to be alike"
+                )
         return _copied(self._model)
 
     def _disturbed(self) -> list[Consumer]:
