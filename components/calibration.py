@@ -24,7 +24,7 @@ MAX_ROWS = 20_000
 """Rows of one operator call that are used; a convolution has one per position, far more than it needs."""
 
 HELD_OUT = 0.2
-"""The share of the rows (the last ones) that is held out of every fit to choose the ridge by."""
+"""The share of the rows (the last ones of every call) that is held out of a fit to choose the ridge by."""
 
 Program = Callable[[nn.Module], Mapping[str, Tensor]]
 

@@ -189,8 +189,9 @@ def _dense_moments(
 def _refit(consumer: Consumer, state: Mapping[str, Tensor], fit: Moments, held_out: Moments) -> None:
     """Refit one consumer in `state`, in place, unless its sliced weights do better on held-out rows."""
     weight = state[consumer.weight]
-    if consumer.bias is None:
-        fit = fit.uncentred()
+    bias = None if consumer.bias is None else state[consumer.bias]
+    if bias is None or bias.numel() != fit.r.numel():  # none, or one that several outputs share
+        bias, fit = None, fit.uncentred()
     if not bool(torch.isfinite(fit.xx.sum() + fit.rx.sum())):
         return
     best, best_shift, least = None, fit.r, held_out.r.square().sum()
@@ -205,8 +206,7 @@ def _refit(consumer: Consumer, state: Mapping[str, Tensor], fit: Moments, held_o
     if best is None:
         return
     weight.add_(from_weight_matrix(consumer, best, weight.shape))
-    if consumer.bias is not None:
-        bias = state[consumer.bias]
+    if bias is not None:
         bias.add_(best_shift.reshape(bias.shape))
 
 

@@ -624,6 +624,35 @@ def test_every_kind_of_consumer_is_ridge_regression(name: str, method: str) -> N
         np.testing.assert_allclose(array(made)[e], expected, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("bias", [(50, 2), (1,), (2,), (1, 1, 2)])
+def test_a_bias_that_outputs_share_is_left_alone(bias: tuple[int, ...]) -> None:
+    """It cannot take over what each output misses: the fit is the one without a bias."""
+    x = rand(3, 50, 4) + 0.2
+    case = Case.of(
+        lambda w: Reader(
+            Stack(4, 6 if w is None else w["first"]),
+            same,
+            (3, 6 if w is None else w["first"], 2),
+            bias,
+            lambda w, b, a: torch.baddbmm(b, a, w),
+        ),
+        lambda m: {"y": m(x)},
+    )
+    assert isinstance(case.dense, Reader)
+    h = case.dense.before(x)
+    weights, _, ridge = slow_fits(
+        list(array(h[:, :, case.keep["first"]])),
+        list(array(h @ case.dense.weight)),
+        list(array(case.pruned.weight.mT)),  # type: ignore[union-attr,operator]
+        None,
+    )
+    assert ridge is not None
+    for method in ("gram", "sequential"):
+        state = case.repaired(method)
+        np.testing.assert_allclose(state["weight"].mT, weights, rtol=1e-9, atol=1e-11)
+        assert torch.equal(state["bias"], case.pruned.state_dict()["bias"])
+
+
 class Grouped(nn.Module):
     """A grouped and a depthwise convolution between plain ones."""
 
