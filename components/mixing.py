@@ -140,8 +140,8 @@ def normalise(scores: Tensor) -> Tensor:
         UserError: a score is negative or not finite.
     """
     values = scores.detach().double()
-    largest = float(values.max()) if values.numel() else 0.0
-    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+    least, largest = (float(bound) for bound in values.aminmax()) if values.numel() else (0.0, 0.0)
+    if not (least >= 0 and largest < math.inf):  # NaN is neither
         bad = values[~torch.isfinite(values) | (values < 0)][0]
         raise UserError(f"importance scores have to be finite and >= 0, not {float(bad)}")
     if largest == 0.0:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from components.dependency import DependencyGraph, Keep
@@ -28,22 +30,22 @@ def kept_indices(graph: DependencyGraph, keep: Keep) -> dict[str, tuple[Tensor |
     unknown = sorted(set(keep) - set(graph.by_name))
     if unknown:
         raise UserError(f"unknown pruning group {unknown[0]!r}; {nearest(unknown[0], graph.by_name)}")
-    masks: dict[tuple[str, int], Tensor] = {}
+    masks: dict[tuple[str, int], NDArray[np.bool_]] = {}  # NumPy: these are many and small
     for name, kept in keep.items():
         group = graph.by_name[name]
         _check_mask(name, kept, group.size)
         if kept.all():
             continue
-        removed = ~kept.cpu()
+        removed = ~kept.cpu().numpy()
         for member in group.members:
             key = member.parameter, member.axis
             if key not in masks:
-                masks[key] = torch.ones(graph.shapes[member.parameter][member.axis], dtype=torch.bool)
-            masks[key][member.indices[removed].flatten()] = False
+                masks[key] = np.ones(graph.shapes[member.parameter][member.axis], dtype=np.bool_)
+            masks[key][member.indices.numpy()[removed]] = False
     found: dict[str, list[Tensor | None]] = {}
     for (name, axis), mask in masks.items():
         axes = found.setdefault(name, [None] * len(graph.shapes[name]))
-        axes[axis] = mask.nonzero().flatten()
+        axes[axis] = torch.from_numpy(np.flatnonzero(mask))
     return {name: tuple(axes) for name, axes in found.items()}
 
 
