@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
@@ -33,7 +32,7 @@ from ray.tune.search import Searcher
 
 from components.errors import UserError
 from components.mixing import PruningPlan
-from search.trial_types import TrialResult, TrialSpec
+from search.trial_types import TrialResult, TrialSpec, timestamp
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +217,7 @@ class _Driver:
             self.fatal = error
             return None
         self._asked += 1
-        self._running[trial_id] = (spec, _now())
+        self._running[trial_id] = (spec, timestamp())
         return spec
 
     def finish(self, trial_id: str, outcome: object) -> None:
@@ -227,16 +226,7 @@ class _Driver:
             return
         spec, asked = self._running.pop(trial_id)
         if not isinstance(outcome, TrialResult):
-            outcome = TrialResult(
-                number=spec.number,
-                status="failed",
-                plan=spec.plan,
-                origin=spec.origin,
-                seed=spec.seed,
-                reason=str(outcome),
-                started=asked,
-                finished=_now(),
-            )
+            outcome = TrialResult.failure(spec, str(outcome), started=asked, finished=timestamp())
         result = _checked(outcome)
         try:
             self._record(result)
@@ -442,10 +432,6 @@ def _slots(cpus: float, gpus: float | None) -> tuple[int, float]:
             f"{most_cpus:g} CPUs and {most_gpus:g} GPUs"
         )
     return sum(fit), gpus
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _trial_name(trial: Trial) -> str:

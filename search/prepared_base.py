@@ -41,7 +41,7 @@ class PreparedBase:
     @cached_property
     def recording(self) -> Recording:
         """What the dense model makes of the calibration inputs, for sequential reconstruction."""
-        return record(self.graph, self.agent.model, self.program)
+        return record(self.graph, self.agent.model, self.program, with_grams=False)
 
     def program(self, model: nn.Module) -> Mapping[str, Tensor]:
         """Everything the agent calls, on the calibration inputs."""

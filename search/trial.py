@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 
 from components.mixing import choose
 from components.pruning import kept_indices, slice_state
@@ -19,7 +18,7 @@ from search.determinism import deterministic
 from search.durable_files import one_line
 from search.measurement import LATENCIES, decision_latency, decision_macs
 from search.prepared_base import prepare
-from search.trial_types import TrialResult, TrialSettings, TrialSpec, trial_seed
+from search.trial_types import TrialResult, TrialSettings, TrialSpec, timestamp, trial_seed
 
 __all__ = ["NonFiniteError", "TrialResult", "TrialSettings", "TrialSpec", "run_trial", "trial_seed"]
 
@@ -44,21 +43,20 @@ def run_trial(spec: TrialSpec, base: Base, device: str = "cpu") -> TrialResult:
         device: torch device.
     """
     stages = Stages()
-    started = _now()
+    started = timestamp()
     try:
         with deterministic(spec.seed, spec.pruning.threads):
             result = _pipeline(spec, base, device, stages)
     except Exception as error:
-        result = TrialResult(
-            number=spec.number,
-            status="failed",
-            plan=spec.plan,
-            origin=spec.origin,
-            seed=spec.seed,
-            reason=f"{stages.current}: {type(error).__name__}: {one_line(error)}",
-        )
+        reason = f"{stages.current}: {type(error).__name__}: {one_line(error)}"
+        result = TrialResult.failure(spec, reason)
     return replace(
-        result, timings=stages.seconds, device=device, host=platform.node(), started=started, finished=_now()
+        result,
+        timings=stages.seconds,
+        device=device,
+        host=platform.node(),
+        started=started,
+        finished=timestamp(),
     )
 
 
@@ -179,7 +177,3 @@ def _require_finite(measured: Mapping[str, float]) -> None:
     for name, value in measured.items():
         if not math.isfinite(value):
             raise NonFiniteError(f"{name} is {value}")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

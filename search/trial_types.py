@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -106,6 +107,20 @@ class TrialResult:
     finished: str = ""
     state: Mapping[str, np.ndarray] | None = None
 
+    @staticmethod
+    def failure(spec: TrialSpec, reason: str, *, started: str = "", finished: str = "") -> TrialResult:
+        """A trial without measurements, and why, in one line."""
+        return TrialResult(
+            number=spec.number,
+            status="failed",
+            plan=spec.plan,
+            origin=spec.origin,
+            seed=spec.seed,
+            reason=reason,
+            started=started,
+            finished=finished,
+        )
+
     @property
     def complete(self) -> bool:
         """True where every objective was measured."""
@@ -183,6 +198,11 @@ class TrialResult:
             started=record["started"],
             finished=record["finished"],
         )
+
+
+def timestamp() -> str:
+    """Now, as results say when they started and finished: ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def trial_seed(search_seed: int, number: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
 
@@ -25,3 +27,14 @@ def _no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     empty.mkdir(exist_ok=True)
     monkeypatch.setenv("NETRC", str(empty / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(empty))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that more threads only wait for one another."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -28,13 +28,7 @@ Program = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 BATCH = 4
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Operators this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Bag(nn.Module):
