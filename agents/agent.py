@@ -2,7 +2,9 @@
 
 An agent is a trainable, evaluable model with named components, built from *widths* (the size of every pruning
 group), so that a pruned agent is one with smaller widths and a smaller state. Any class with the members of
-`Agent` is one; it need not inherit anything. `tests/agent_contract.py` checks what is promised here.
+`Agent` is one; it need not inherit anything. Below `Agent` stands what it may have besides: `Student`,
+`calibration_program`, `shared_ratios`, `searchable_options`. `tests/agent_contract.py` checks what is
+promised here.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,10 @@ Split = Literal["validation", "test"]
 Progress = Callable[[int, int, str], None]
 """Called along long work with (steps done, steps in total, a few words)."""
 
-BUILT_IN: Mapping[str, str] = {"autoencoder": "agents.autoencoder:Autoencoder"}
+BUILT_IN: Mapping[str, str] = {
+    "autoencoder": "agents.autoencoder:Autoencoder",
+    "tdmpc": "agents.tdmpc.agent:TDMPC",
+}
 """Kind -> `module:Class` of the agents that come with the package; imported when asked for."""
 
 
@@ -145,8 +150,13 @@ class Agent(Protocol):
     def train(self, seed: int, tracker: Tracker | None, progress: Progress) -> None:
         """Train from new random weights, as long as the options say; the model stays the same object."""
 
-    def fine_tune(self, method: str, updates: int, seed: int, progress: Progress) -> None:
+    def fine_tune(
+        self, method: str, updates: int, seed: int, progress: Progress
+    ) -> Mapping[str, float] | None:
         """Train on from the present weights, for a number of gradient updates.
+
+        Returns what is worth knowing of it, by name, such as `held_out_loss`: finite numbers, kept with the
+        trial's result; None where there is nothing to tell.
 
         Raises:
             UserError: no such method.
@@ -173,6 +183,64 @@ class Agent(Protocol):
         `{"inputs": [{"name", "shape", "dtype", "range"}], "outputs": [...], "control_step_s": ...}`: shapes
         without the batch axis, a range as [low, high] or None, the control step in seconds or None.
         """
+
+
+# --- what an agent may have besides ----------------------------------------------------------------------
+
+
+@runtime_checkable
+class Student(Protocol):
+    """An agent that learns from the one it was pruned from, as distillation does."""
+
+    def learn_from(self, base: Agent, kept: Mapping[str, Tensor]) -> None:
+        """Be told which trained, unpruned agent this one was pruned from, and how.
+
+        Called once, right after this agent was built and its states were loaded; states that are loaded later
+        change nothing about it.
+
+        Args:
+            base: serves many students: neither it nor its data may be changed.
+            kept: group -> indices of the channels of the base that this agent has, `(width,)`, int64,
+                ascending, on the agent's device; all groups of the graph.
+        """
+
+
+CallProgram = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Runs a model on calibration inputs, as `Agent.program` does."""
+
+
+def calibration_program(agent: Agent) -> CallProgram:
+    """What reconstruction runs on calibration inputs: the agent's `calibration_program`, or its `program`.
+
+    An agent whose program calls a layer several times, as a rollout does, has a
+    `calibration_program(self, model, inputs)` of one step besides, which calls each layer once, by the same
+    operators and on the same inputs.
+    """
+    program: CallProgram = getattr(agent, "calibration_program", agent.program)
+    return program
+
+
+def shared_ratios(agent: Agent) -> Mapping[str, str]:
+    """Which groups are pruned by one ratio: the agent's `shared_ratios`, or none.
+
+    Group -> key; groups with one key share one kept share, and a group that is not named has its own name for
+    key: `{"q2.0": "q1.0"}` ties the second Q function to the first.
+    """
+    shared: Mapping[str, str] = getattr(agent, "shared_ratios", {})
+    return shared
+
+
+def searchable_options(agent: Agent) -> tuple[str, ...]:
+    """Options that `search.options` may choose for every trial: the agent's `searchable_options`, or none.
+
+    Whole numbers from 1 that change how the agent acts, such as a planner's `samples`, and neither the shapes
+    of the model nor what its state means.
+    """
+    names: tuple[str, ...] = getattr(agent, "searchable_options", ())
+    return names
+
+
+# --- parts of agents -------------------------------------------------------------------------------------
 
 
 class Untracked:

@@ -19,6 +19,7 @@ from torch.nn.functional import mse_loss
 from agents import datasets
 from agents.agent import UNTRACKED, Objective, Progress, Split, Tracker
 from agents.options import parse_options
+from agents.widths import complete
 from components.errors import UserError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
@@ -208,7 +209,7 @@ class Autoencoder:
     ) -> None:
         self._options = parse_options(AutoencoderOptions, options, "autoencoder")
         self.options: Mapping[str, Any] = self._options.model_dump(mode="json")
-        self.widths: Mapping[str, int] = _complete(widths, dense_widths(self._options))
+        self.widths: Mapping[str, int] = complete(widths, dense_widths(self._options), "autoencoder")
         self.device = torch.device(device)
         self.model: nn.Module = self._new_model(seed=0).to(self.device)
         self._moments = self._zero_moments()
@@ -388,30 +389,6 @@ class Autoencoder:
             section: {name: torch.zeros_like(p.data) for name, p in self.model.named_parameters()}
             for section in ("adam_mean", "adam_square")
         }
-
-
-def _complete(widths: Mapping[str, Any] | None, dense: Mapping[str, int]) -> dict[str, int]:
-    """Widths in the dense ones' order.
-
-    Raises:
-        UserError: groups are missing or unknown, or a size is not between 1 and the dense one.
-    """
-    if widths is None:
-        return dict(dense)
-    for name in widths:
-        if name not in dense:
-            raise UserError(f"the autoencoder has no group {name!r}: {nearest(name, dense)}")
-    for name, most in dense.items():
-        size = widths.get(name)
-        if size is None:
-            raise UserError(
-                f"the widths lack the autoencoder's group {name!r}, which has up to {most} channels"
-            )
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
-            raise UserError(
-                f"the width of group {name!r} is {size!r}: it must be a whole number from 1 to {most}"
-            )
-    return {name: int(widths[name]) for name in dense}
 
 
 def _batches(count: int, updates: int, batch_size: int, seed: int) -> Tensor:

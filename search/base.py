@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 import components
-from agents.agent import Agent, agent_class
+from agents.agent import Agent, agent_class, calibration_program
 from components import DependencyGraph, UserError, importance
 from components.calibration import record
 from components.size import parameter_count
@@ -48,9 +48,9 @@ class Base:
         states: section -> name -> array: `model` and, mirroring it, the optimizer's moments.
         scores: importance metric -> group -> `(channels,)` scores; higher means keep.
         history: the course of the importance over training, as the tracker recorded it.
-        calibration: inputs of the agent's call program, rows first.
+        calibration: inputs of the agent's call program, rows first; of a trained base, taken after training.
         grams: Gram matrices of every consumer's input, for `reconstruction: gram`; None otherwise.
-        data: what the agent fine-tunes and evaluates on.
+        data: what the agent fine-tunes and evaluates on; of a trained base, taken after training.
         parameters: scalars that training could change.
         macs: multiply-accumulate operations of one decision.
         performance: split -> the agent's performance measure; empty where the base is not trained.
@@ -123,19 +123,20 @@ def train_base(
     with deterministic(seed, threads):
         here = None if data is None else {name: tensor.to(device) for name, tensor in data.items()}
         agent = agent_class(kind)(options, None, here, device)
-        calibration = agent.calibration_inputs(CALIBRATION_ROWS, seed)
-        graph = trace_agent(agent, calibration)
-        untrained = _describe(kind, agent, graph, calibration, seed)
+        graph = trace_agent(agent, agent.calibration_inputs(TRACE_ROWS, seed))
         tracker = ImportanceTracker(graph, agent.model)
         start = time.perf_counter()
         agent.train(seed, tracker, progress)
         seconds = time.perf_counter() - start
         states = agent.states()
+        # Only now: an agent that gathers its own data, as in reinforcement learning, has them by training.
+        calibration = agent.calibration_inputs(CALIBRATION_ROWS, seed)
         needs = {importance.METRICS[metric].needs for metric in metrics if metric in importance.METRICS}
         statistics = tracker.statistics() if "statistics" in needs else None
         grams = None
         if reconstruction == "gram" or "grams" in needs:
-            grams = record(graph, agent.model, lambda model: agent.program(model, calibration)).grams
+            program = calibration_program(agent)
+            grams = record(graph, agent.model, lambda model: program(model, calibration)).grams
         scores = {
             metric: importance.score(
                 metric, graph, state=states["model"], statistics=statistics, grams=grams, seed=seed
@@ -143,7 +144,7 @@ def train_base(
             for metric in metrics
         }
         base = replace(
-            untrained,
+            _describe(kind, agent, graph, calibration, seed),
             states={section: to_arrays(state) for section, state in states.items()},
             scores={metric: to_arrays(by_group) for metric, by_group in scores.items()},
             history=to_arrays(tracker.history().to_tensors()),
@@ -187,7 +188,7 @@ def trace_agent(agent: Agent, calibration: Mapping[str, Tensor]) -> DependencyGr
 def _describe(
     kind: str, agent: Agent, graph: DependencyGraph, calibration: Mapping[str, Tensor], seed: int
 ) -> Base:
-    """The untrained base of an agent as it is."""
+    """The base of an agent as it is, as if untrained."""
     return Base(
         kind=kind,
         options=dict(agent.options),

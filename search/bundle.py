@@ -101,7 +101,7 @@ def save_bundle(directory: Path, dense: PreparedBase, result: TrialResult, threa
     """
     if result.state is None:
         raise ValueError(f"trial {result.number} has no state to store")
-    agent = dense.build(result.widths)
+    agent = dense.build(result.widths, result.options)
     agent.load_states({"model": to_tensors(result.state)})
     inputs = agent.example_inputs(VERIFICATION_ROWS)
     outputs = act(agent, inputs, threads)
@@ -143,6 +143,8 @@ def _metrics(base: Base, result: TrialResult, threads: int) -> dict[str, Any]:
         "component_sizes": dict(result.component_sizes),
         "validation": dict(result.performance),
         "retention": result.retention,
+        "repaired_by": result.repaired_by,
+        "fine_tuning": dict(result.fine_tuning),
         "test": None,
         "test_retention": None,
         "base": {

@@ -31,8 +31,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from components.errors import UserError
-from components.mixing import PruningPlan
-from search.trial_types import TrialResult, TrialSpec, timestamp
+from search.trial_types import Proposal, TrialResult, TrialSpec, timestamp
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +56,10 @@ _SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
 
 
 class Proposer(Protocol):
-    """Where plans come from, and where results go; `Study` in a search."""
+    """Where proposals come from, and where results go; `Study` in a search."""
 
-    def ask(self, number: int) -> tuple[PruningPlan, str]:
-        """The plan of trial `number`, and who proposed it."""
+    def ask(self, number: int) -> Proposal:
+        """What trial `number` is to do, and who proposed it."""
 
     def tell(self, result: TrialResult) -> None:
         """Learn from a finished trial, failed ones included."""
@@ -89,7 +88,7 @@ def run_search(
     numbers: Iterable[int],
     *,
     study: Proposer,
-    make_spec: Callable[[int, PruningPlan, str], TrialSpec],
+    make_spec: Callable[[int, Proposal], TrialSpec],
     run_trial: RunTrial,
     base: object,
     record: Callable[[TrialResult], None],
@@ -109,7 +108,7 @@ def run_search(
     Args:
         numbers: of the trials to run, in this order; none twice.
         study: proposes plans; an exception in `tell` is logged, one in `ask` ends the search.
-        make_spec: trial number, plan and origin -> specification.
+        make_spec: trial number and proposal -> specification.
         run_trial: a picklable function; `device` is "cpu" or "cuda". An exception in it, a result that is not
             one or not finite, and a worker that dies each make a failed trial.
         base: any picklable value, or None; it is put into the object store once, and unpacked once by each
@@ -185,7 +184,7 @@ class _Driver:
         numbers: list[int],
         *,
         study: Proposer,
-        make_spec: Callable[[int, PruningPlan, str], TrialSpec],
+        make_spec: Callable[[int, Proposal], TrialSpec],
         record: Callable[[TrialResult], None],
         observers: list[Callable[[TrialResult], None]],
         concurrency: int,
@@ -211,8 +210,7 @@ class _Driver:
             return None
         number = self.numbers[self._asked]
         try:
-            plan, origin = self._study.ask(number)
-            spec = self._make_spec(number, plan, origin)
+            spec = self._make_spec(number, self._study.ask(number))
         except Exception as error:
             self.fatal = error
             return None

@@ -102,6 +102,43 @@ def _write_constraints(constraints: tuple[Constraint, ...]) -> dict[str, str]:
     return {constraint.name: str(constraint) for constraint in constraints}
 
 
+@dataclass(frozen=True)
+class OptionBounds:
+    """A whole-number option of the agent that the search chooses, such as `samples: [32, 256]`.
+
+    Attributes:
+        name: of the option.
+        low, high: the least and the most it may become, 1 <= low < high.
+    """
+
+    name: str
+    low: int
+    high: int
+
+    @staticmethod
+    def parse(name: str, bounds: object) -> OptionBounds:
+        """Bounds as in a YAML file.
+
+        Raises:
+            Fault: not two whole numbers, or not in order; `name` is the fault's key.
+        """
+        match bounds:
+            case [int(low), int(high)] if bool not in (type(low), type(high)) and 1 <= low < high:
+                return OptionBounds(name, low, high)
+        reason = "it must be two whole numbers, [low, high] with 1 <= low < high, such as [32, 256]"
+        raise Fault(reason, key=name, value=shown(bounds))
+
+
+def _parse_options(value: object) -> object:
+    if isinstance(value, Mapping):
+        return tuple(OptionBounds.parse(str(name), bounds) for name, bounds in value.items())
+    return value
+
+
+def _write_options(options: tuple[OptionBounds, ...]) -> dict[str, list[int]]:
+    return {option.name: [option.low, option.high] for option in options}
+
+
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     twice = [value for value in values if values.count(value) > 1]
     if twice:
@@ -115,6 +152,11 @@ def _as_tuple(value: object) -> object:
 
 Constraints = Annotated[
     tuple[Constraint, ...], BeforeValidator(_parse_constraints), PlainSerializer(_write_constraints)
+]
+
+
+SearchedOptions = Annotated[
+    tuple[OptionBounds, ...], BeforeValidator(_parse_options), PlainSerializer(_write_options)
 ]
 
 
@@ -219,6 +261,8 @@ class SearchConfig(_Section):
         objectives: two or more give a front; null means `parameters` and the agent's performance. Names are
             `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` and the agent's for its performance.
         constraints: bounds that feasible trials meet, such as `{retention: ">= 0.5"}`.
+        options: whole-number options of the agent to choose for every trial, with bounds, such as
+            `{samples: [32, 256]}`: those that change how it acts and not its shapes; the agent says which.
         seed: of all proposals and trials, >= 0.
         concurrency: trials at a time, >= 1; null fills the resources. With 1, a search repeats bit for bit.
         anchors: start with the dense model, uniform ratios and every pure metric.
@@ -228,6 +272,7 @@ class SearchConfig(_Section):
     sampler: Sampler = "tpe"
     objectives: Annotated[tuple[str, ...] | None, BeforeValidator(_as_tuple)] = Field(None, min_length=1)
     constraints: Constraints = ()
+    options: SearchedOptions = ()
     seed: int = Field(0, ge=0)
     concurrency: int | None = Field(None, ge=1)
     anchors: bool = True

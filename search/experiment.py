@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from agents.agent import Agent, Objective, agent_class
+from agents.agent import Agent, Objective, agent_class, searchable_options, shared_ratios
 from components import UserError
 from components.errors import nearest
-from components.mixing import PruningPlan
 from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
 from search.base_files import load_base, save_base
 from search.cluster import SearchOutcome, run_search
@@ -23,10 +22,10 @@ from search.front import Front
 from search.front_keeper import FrontKeeper
 from search.prepared_base import PreparedBase, prepare
 from search.run_directory import RunDirectory
-from search.space import SearchSpace
+from search.space import OptionRange, SearchSpace
 from search.study import Study
 from search.trial import run_trial
-from search.trial_types import TrialResult, TrialSettings, TrialSpec, trial_seed
+from search.trial_types import Proposal, TrialResult, TrialSettings, TrialSpec, trial_seed
 
 
 @dataclass(frozen=True)
@@ -175,9 +174,9 @@ class ReadySearch:
         finally:
             study.close()
 
-    def specify(self, number: int, plan: PruningPlan, origin: str) -> TrialSpec:
+    def specify(self, number: int, proposal: Proposal) -> TrialSpec:
         """The specification of one trial."""
-        return TrialSpec(number, plan, origin, trial_seed(self.config.search.seed, number), self.settings)
+        return TrialSpec.of(number, proposal, trial_seed(self.config.search.seed, number), self.settings)
 
     def finish(self, outcome: SearchOutcome) -> Front:
         """The final front; its trials are measured on test data unless the search was interrupted.
@@ -198,8 +197,8 @@ def check(config: ExperimentConfig, path: Path) -> CheckedExperiment:
     """Everything that can be checked before the work begins; nothing is written.
 
     Raises:
-        UserError: an unknown agent, option, fine-tuning method or objective, nothing to prune, a budget too
-            small for the space, or a run directory that is in use.
+        UserError: an unknown agent, option, fine-tuning method or objective, an option that cannot be
+            searched, nothing to prune, a budget too small for the space, or a run directory that is in use.
     """
     kind = config.agent.kind
     agent = agent_class(kind)(config.agent.options)
@@ -218,8 +217,36 @@ def check(config: ExperimentConfig, path: Path) -> CheckedExperiment:
         coefficients=config.pruning.coefficients,
         trials=config.search.trials,
         force=config.pruning.coefficients_force,
+        shared=shared_ratios(agent),
+        options=_option_ranges(config, agent),
     )
     return CheckedExperiment(config, path, agent, objectives, space)
+
+
+def _option_ranges(config: ExperimentConfig, agent: Agent) -> dict[str, OptionRange]:
+    """The options to search, with what the agent itself has.
+
+    Raises:
+        UserError: not one of the agent's searchable options, or a bound that the agent does not take.
+    """
+    kind, known = config.agent.kind, searchable_options(agent)
+    ranges = {}
+    for bounds in config.search.options:
+        key = f"search.options.{bounds.name}"
+        if not known:
+            raise UserError(f"{key} cannot be searched: {kind} has no options for a search to choose")
+        if bounds.name not in known:
+            raise UserError(f"{key} is no option of {kind} to search: {nearest(bounds.name, known)}")
+        own = agent.options.get(bounds.name)
+        if type(own) is not int:
+            raise UserError(f"{key} cannot be searched: {kind} has {own!r} there, no whole number")
+        for bound in (bounds.low, bounds.high):
+            try:
+                agent_class(kind)({**agent.options, bounds.name: bound})
+            except UserError as error:
+                raise UserError(f"{key} may not become {bound}: {error}") from None
+        ranges[bounds.name] = OptionRange(bounds.low, bounds.high, own)
+    return ranges
 
 
 def _holds_base_only(path: Path, config: ExperimentConfig) -> bool:

@@ -57,6 +57,7 @@ class FrontTrial:
         retention: on validation data.
         test_performance, test_retention: on test data; None until the search has ended.
         coefficients, ratios: its plan.
+        options: options of the agent that were searched.
         bundle: path of its bundle, relative to the run directory.
         latency_host: where latencies were measured; None where none were.
     """
@@ -72,6 +73,7 @@ class FrontTrial:
     test_retention: float | None
     coefficients: Coefficients
     ratios: Mapping[str, float]
+    options: Mapping[str, int]
     bundle: str
     latency_host: str | None = None
 
@@ -151,6 +153,7 @@ class Front:
                     f"test_{self.performance}": trial.test_performance,
                     "coefficients": trial.coefficients,
                     "ratios": dict(trial.ratios),
+                    "options": dict(trial.options),
                     "bundle": trial.bundle,
                 }
             )
@@ -267,6 +270,7 @@ def _member(result: TrialResult, again: Remeasured | None) -> FrontTrial:
         test_retention=None if again is None else again.retention,
         coefficients=result.plan.coefficients,
         ratios=result.plan.ratios,
+        options=result.options,
         bundle=f"models/{result.number}",
         latency_host=again.host if again is not None and latencies else None,
     )
@@ -302,6 +306,7 @@ def _front_trial(
         test_retention=optional("test_retention"),
         coefficients=field(path, entry, "coefficients", dict),
         ratios=field(path, entry, "ratios", dict),
+        options=field(path, entry, "options", dict) if "options" in entry else {},  # fronts of before
         bundle=field(path, entry, "bundle", str),
         latency_host=entry.get("latency_host"),
     )

@@ -33,6 +33,9 @@ def front_table(front: Front) -> Table:
     for name in (front.performance, *extra):
         suffix = f"\n({split})" if name == front.performance else ""
         table.add_column(name.replace("_", " ") + suffix, justify="right")
+    options = list(dict.fromkeys(name for trial in front.trials for name in trial.options))
+    for name in options:
+        table.add_column(name.replace("_", " "), justify="right")
     table.add_column("proposed by", overflow="ellipsis", no_wrap=True)
     for trial in front.trials:
         table.add_row(
@@ -44,6 +47,7 @@ def front_table(front: Front) -> Table:
             _ratio(trial.test_retention),
             _number(_performance(trial, front)),
             *(_number(trial.objectives.get(name)) for name in extra),
+            *(_number(trial.options.get(name)) for name in options),
             trial.origin.removeprefix("anchor: "),
         )
     return table
@@ -105,19 +109,22 @@ def failure_lines(results: Sequence[TrialResult]) -> list[str]:
     return lines
 
 
-def stage_table(results: Sequence[TrialResult]) -> Table:
-    """Where the trials' time went."""
-    table = _table("Time in the stages of a trial")
-    seconds: dict[str, list[float]] = {}
-    for result in results:
-        for stage, spent in result.timings.items():
-            seconds.setdefault(stage, []).append(spent)
-    table.add_column("stage", no_wrap=True)
-    for stage in seconds:
-        table.add_column(stage.replace("_", " "), justify="right", no_wrap=True)
-    table.add_row("median, ms", *(f"{1000 * median(spent):,.0f}" for spent in seconds.values()))
-    table.add_row("sum, s", *(f"{sum(spent):,.1f}" for spent in seconds.values()))
-    return table
+def stage_line(results: Sequence[TrialResult]) -> str:
+    """Where the time of complete trials went: medians in seconds, of whole trials and of their stages.
+
+    The whole is a median of its own, not the sum. Empty where no trial is complete.
+    """
+    complete = [result.timings for result in results if result.complete]
+    if not complete:
+        return ""
+    whole = median(sum(timings.values()) for timings in complete)
+    decimals = 1 if whole >= 1 else 2 if whole >= 0.1 else 3
+    stages = dict.fromkeys(stage for timings in complete for stage in timings)
+    shown = (
+        f"{stage.replace('_', '-')} {median(timings.get(stage, 0.0) for timings in complete):.{decimals}f}"
+        for stage in stages
+    )
+    return f"median trial {whole:.{decimals}f} s: {', '.join(shown)}"
 
 
 def verification_table(report: VerificationReport) -> Table:

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 
 from torch import Tensor, nn
 
-from agents.agent import Agent, agent_class
+from agents.agent import Agent, agent_class, calibration_program
 from components import DependencyGraph
 from components.calibration import Recording, record
 from components.dependency import Scores
@@ -44,12 +44,18 @@ class PreparedBase:
         return record(self.graph, self.agent.model, self.program, with_grams=False)
 
     def program(self, model: nn.Module) -> Mapping[str, Tensor]:
-        """Everything the agent calls, on the calibration inputs."""
-        return self.agent.program(model, self.calibration)
+        """What reconstruction runs: the agent's calls, on the calibration inputs."""
+        return calibration_program(self.agent)(model, self.calibration)
 
-    def build(self, widths: Mapping[str, int]) -> Agent:
-        """A new agent with other widths, the same options and the same data; its weights are random."""
-        return agent_class(self.base.kind)(self.base.options, widths, self.agent.data(), self.device)
+    def build(self, widths: Mapping[str, int], options: Mapping[str, int] | None = None) -> Agent:
+        """A new agent with other widths and the same data; its weights are random.
+
+        Args:
+            widths: group -> channels.
+            options: those in which it differs from the base.
+        """
+        chosen = {**self.base.options, **(options or {})}
+        return agent_class(self.base.kind)(chosen, widths, self.agent.data(), self.device)
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from search.front_table import (
     front_table,
     hypervolume_line,
     retention_table,
-    stage_table,
+    stage_line,
 )
 from search.paste import command_name
 from search.progress import SearchProgress, TrainingProgress, duration
@@ -111,11 +111,13 @@ def plan_line(checked: CheckedExperiment) -> str:
     config = checked.config
     base = "a base" if config.base.mode == "shared" else "a base in every trial"
     objectives = " against ".join(objective.name for objective in checked.objectives)
+    options = f"; choose its {', '.join(checked.space.options)}" if checked.space.options else ""
+    metrics = ", ".join(config.pruning.metrics)
     return (
         f"{config.name}: train {base} ({config.agent.kind}); prune it in {config.search.trials} ways, which "
         f"{config.search.sampler} proposes in {len(checked.space.dimensions)} dimensions "
-        f"({len(checked.space.keeps)} groups to cut, scored by {', '.join(config.pruning.metrics)}); repair "
-        f"and measure each; keep the front of {objectives}. Everything goes to {checked.path}."
+        f"({len(checked.space.keeps)} groups to cut, scored by {metrics}){options}; "
+        f"repair and measure each; keep the front of {objectives}. Everything goes to {checked.path}."
     )
 
 
@@ -132,12 +134,12 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
     for line in failure_lines(results):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print()
-    console.print(stage_table(results))
     console.print(
         f"{outcome.complete + outcome.failed} trials in {duration(outcome.seconds)}, "
         f"{outcome.concurrency} at a time.",
         highlight=False,
     )
+    console.print(stage_line(results), soft_wrap=True, highlight=False)
     console.print()
 
 

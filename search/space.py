@@ -2,15 +2,16 @@
 
 One dimension `keep/<group>` for each group's kept share, log-uniform in [1 - max_ratio, 1], and where several
 metrics are mixed one dimension `mix/<metric>` (or `mix/<component>/<metric>`) for each coordinate u in
-[0, 1]; `components.mixing.simplex` turns those into coefficients. Groups of one channel are not searched: one
-channel always stays.
+[0, 1]; `components.mixing.simplex` turns those into coefficients. Where options of the agent are searched,
+one dimension `option/<name>` for each, a whole number, log-uniform between its bounds. Groups of one channel
+are not searched: one channel always stays.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from components.dependency import Group
@@ -38,6 +39,25 @@ class Dimension:
     low: float
     high: float
     log: bool
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class OptionRange:
+    """A whole-number option of the agent that is searched.
+
+    Attributes:
+        low, high: what it may become, 1 <= low < high.
+        own: what the agent itself has; anchors take that, clipped to the bounds.
+    """
+
+    low: int
+    high: int
+    own: int
+
+    def clip(self, value: int) -> int:
+        """The nearest value between the bounds."""
+        return min(max(value, self.low), self.high)
 
 
 @dataclass(frozen=True)
@@ -58,13 +78,14 @@ class SearchSpace:
     """What a search may choose; made by `SearchSpace.build`.
 
     Attributes:
-        dimensions: kept shares in the order of the groups, then mixing coordinates.
+        dimensions: kept shares in the order of the groups, then mixing coordinates, then options.
         metrics: the importance metrics that are mixed.
         sizes: group -> channels, all groups.
         keeps: searched group -> the dimension of its kept share; several groups may share one.
         mixtures: whose coefficients are mixed separately: components and `coupling`; empty where one mixture
             serves all groups.
         max_ratio: the largest share of a group that may be removed.
+        options: searched option of the agent -> its range.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -73,6 +94,7 @@ class SearchSpace:
     keeps: Mapping[str, str]
     mixtures: tuple[str, ...]
     max_ratio: float
+    options: Mapping[str, OptionRange] = field(default_factory=dict)
 
     @staticmethod
     def build(
@@ -84,6 +106,7 @@ class SearchSpace:
         trials: int,
         force: bool = False,
         shared: Mapping[str, str] | None = None,
+        options: Mapping[str, OptionRange] | None = None,
     ) -> SearchSpace:
         """The space of a model's groups.
 
@@ -96,12 +119,13 @@ class SearchSpace:
             force: accept `per_component` with fewer than 10 trials a dimension.
             shared: group -> key; groups with one key share one kept share, and a group that is not named has
                 its own name for key: `{"q2.0": "q1.0"}` ties the second Q function to the first.
+            options: options of the agent to search, by name.
 
         Raises:
             UserError: no group can be pruned, `shared` names a group that does not exist, or the budget is
                 too small for coefficients per component.
         """
-        groups, shared = tuple(groups), shared or {}
+        groups, shared, options = tuple(groups), shared or {}, dict(options or {})
         sizes = {group.name: group.size for group in groups}
         for name in shared:
             if name not in sizes:
@@ -124,6 +148,10 @@ class SearchSpace:
             dimensions += [
                 Dimension(prefix + metric, 0.0, 1.0, False) for prefix in prefixes for metric in metrics
             ]
+        dimensions += [
+            Dimension(f"option/{name}", bounds.low, bounds.high, log=True, whole=True)
+            for name, bounds in options.items()
+        ]
         needed = TRIALS_PER_DIMENSION * len(dimensions)
         if per_component and trials < needed and not force:
             raise UserError(
@@ -131,7 +159,7 @@ class SearchSpace:
                 f"search.trials of at least {needed}, not {trials}: use more, use 'shared', or set "
                 "pruning.coefficients_force to true"
             )
-        return SearchSpace(tuple(dimensions), tuple(metrics), sizes, keeps, mixtures, max_ratio)
+        return SearchSpace(tuple(dimensions), tuple(metrics), sizes, keeps, mixtures, max_ratio, options)
 
     def to_plan(self, params: Mapping[str, float]) -> PruningPlan:
         """The plan of one point of the space: every group's ratio and the coefficients that params mean.
@@ -149,11 +177,20 @@ class SearchSpace:
             )
         return PruningPlan(self._mix(params, "mix/"), ratios)
 
-    def params_of(self, plan: PruningPlan) -> Params:
-        """A point whose plan is the given one, up to rounding: the inverse of `to_plan`.
+    def to_options(self, params: Mapping[str, float]) -> dict[str, int]:
+        """The searched options of one point of the space.
+
+        Raises:
+            KeyError: a dimension has no value.
+        """
+        return {name: int(params[f"option/{name}"]) for name in self.options}
+
+    def params_of(self, plan: PruningPlan, options: Mapping[str, int] | None = None) -> Params:
+        """A point whose plan is the given one, up to rounding: the inverse of `to_plan` and `to_options`.
 
         Coefficients leave the scale of the -log u open; it is set so that they average 1, as they do for
-        uniform u. Ratios beyond `max_ratio` are clipped to it.
+        uniform u. Ratios beyond `max_ratio` are clipped to it, options to their bounds; an option that is not
+        given is the agent's own.
 
         Raises:
             UserError: the plan has no coefficients for a component, or has them shared where these are not.
@@ -162,8 +199,8 @@ class SearchSpace:
         for group, dimension in self.keeps.items():
             share = 1.0 - plan.ratios.get(group, 0.0)
             params.setdefault(dimension, min(max(share, 1.0 - self.max_ratio), 1.0))
-        if len(self.metrics) == 1:
-            return params
+        chosen = self._chosen(options)
+        params |= {f"option/{name}": bounds.clip(chosen[name]) for name, bounds in self.options.items()}
         names = {dimension.name for dimension in self.dimensions}
         for mixture in self.mixtures or ("",):
             prefix = f"mix/{mixture}/" if mixture else "mix/"
@@ -195,16 +232,22 @@ class SearchSpace:
             distinct.setdefault(self.to_plan(anchor.params).to_json(), anchor)
         return tuple(distinct.values())
 
-    def decision(self, plan: PruningPlan) -> tuple[object, ...]:
-        """What a plan decides: kept channels per group and, unless everything is kept, the coefficients.
+    def decision(self, plan: PruningPlan, options: Mapping[str, int] | None = None) -> tuple[object, ...]:
+        """What a trial decides: kept channels per group, searched options and, unless everything is kept, the
+        coefficients.
 
-        Hashable; plans with equal decisions prune alike.
+        Hashable; trials with equal decisions make equal agents but for their seeds.
         """
         kept = tuple(kept_count(size, plan.ratios.get(group, 0.0)) for group, size in self.sizes.items())
+        decided = (*kept, *self._chosen(options).values())
         if kept == tuple(self.sizes.values()):
-            return kept
+            return decided
         weights = [tuple(self._weights(plan, mixture)) for mixture in self.mixtures or ("",)]
-        return (*kept, *weights)
+        return (*decided, *weights)
+
+    def _chosen(self, options: Mapping[str, int] | None) -> dict[str, int]:
+        """Every searched option's value, the agent's own where none is given."""
+        return {name: (options or {}).get(name, bounds.own) for name, bounds in self.options.items()}
 
     def _mix(self, params: Mapping[str, float], prefix: str) -> dict[str, float]:
         """Coefficients from the coordinates with a prefix; equal ones where none are searched."""
@@ -220,14 +263,18 @@ class SearchSpace:
         return [float(cast(Mapping[str, float], weights).get(metric, 0.0)) for metric in self.metrics]
 
     def _uniform(self, ratio: float, weights: Mapping[str, float]) -> Params:
-        """All groups alike, one mixture everywhere."""
+        """All groups alike, one mixture everywhere, the agent's own options."""
         u = dict(zip(self.metrics, _coordinates([weights[metric] for metric in self.metrics]), strict=True))
-        return {
-            dimension.name: 1.0 - ratio
-            if dimension.name.startswith("keep/")
-            else u[dimension.name.split("/")[-1]]
-            for dimension in self.dimensions
-        }
+        params: Params = {}
+        for dimension in self.dimensions:
+            kind, _, name = dimension.name.partition("/")
+            if kind == "keep":
+                params[dimension.name] = 1.0 - ratio
+            elif kind == "mix":
+                params[dimension.name] = u[name.split("/")[-1]]
+            else:
+                params[dimension.name] = self.options[name].clip(self.options[name].own)
+        return params
 
 
 def _mixture(group: Group) -> str:

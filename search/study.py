@@ -1,4 +1,4 @@
-"""The study: proposes plans and learns from results. Sole owner of Optuna.
+"""The study: proposes trials and learns from results. Sole owner of Optuna.
 
 The sampler works on a study in memory. `ask` gives every proposal a fresh sampler seeded from (seed, trial
 number), so that a proposal depends on the seed and on what was told, never on how a process came there. The
@@ -24,18 +24,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import optuna
 import torch
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.pareto import Direction
-from search.space import Anchor, Params, SearchSpace
+from search.space import Anchor, Dimension, Params, SearchSpace
+from search.trial_types import Proposal, TrialResult
 
 if TYPE_CHECKING:
     from agents.agent import Objective
-    from components.mixing import PruningPlan
     from search.config import Constraint, Sampler
-    from search.trial_types import TrialResult
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ FLUSH_SECONDS = 30.0
 
 
 class Study:
-    """Asks a sampler for plans and tells it what became of them.
+    """Asks a sampler for proposals and tells it what became of them.
 
     The first trials are the anchors of the space. No decision is proposed twice while there are others:
     running trials repel the proposals of `tpe` and `gp`, and a repeated proposal is drawn again.
@@ -92,8 +91,7 @@ class Study:
         self._population = min(max(trials // 5, 8), 50)
         self._anchors: tuple[Anchor, ...] = space.anchors() if anchors else ()
         self._distributions: dict[str, BaseDistribution] = {
-            dimension.name: FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-            for dimension in space.dimensions
+            dimension.name: _distribution(dimension) for dimension in space.dimensions
         }
         directions = [objective.direction for objective in self._objectives]
         self._optuna = optuna.create_study(directions=directions, sampler=RandomSampler())
@@ -103,10 +101,10 @@ class Study:
         names = [f"log {o.name}" if o.name in LOGARITHMIC else o.name for o in self._objectives]
         self._projection = None if database is None else _Projection(database, name, directions, names)
 
-    def ask(self, number: int) -> tuple[PruningPlan, str]:
-        """The plan of trial `number` and who proposed it: `anchor: dense`, `tpe`...
+    def ask(self, number: int) -> Proposal:
+        """What trial `number` is to do, and who proposed it: `anchor: dense`, `tpe`...
 
-        Equal seeds, numbers and results told before, in equal order, give equal plans, bit for bit.
+        Equal seeds, numbers and results told before, in equal order, give equal proposals, bit for bit.
 
         Raises:
             ValueError: the number was asked for before.
@@ -118,10 +116,10 @@ class Study:
             trial, origin = self._enqueue(anchor.params), f"anchor: {anchor.label}"
         else:
             trial, origin = self._propose(number), self._sampler_name
-        plan = self._space.to_plan(trial.params)
-        self._decisions.add(self._space.decision(plan))
+        proposal = Proposal(self._space.to_plan(trial.params), origin, self._space.to_options(trial.params))
+        self._decisions.add(self._space.decision(proposal.plan, proposal.options))
         self._running[number] = trial
-        return plan, origin
+        return proposal
 
     def tell(self, result: TrialResult) -> None:
         """Record a result. A failed trial, or one with a missing or non-finite number, becomes FAIL.
@@ -164,8 +162,8 @@ class Study:
         for result in sorted(results, key=lambda result: result.number):
             if result.number in self._running or result.number in self._finished:
                 raise ValueError(f"trial {result.number} was asked for before")
-            self._running[result.number] = self._enqueue(self._space.params_of(result.plan))
-            self._decisions.add(self._space.decision(result.plan))
+            self._running[result.number] = self._enqueue(self._space.params_of(result.plan, result.options))
+            self._decisions.add(self._space.decision(result.plan, result.options))
             self.tell(result)
 
     def close(self) -> None:
@@ -190,7 +188,8 @@ class Study:
             self._optuna.sampler = RandomSampler(seed) if last else self._make_sampler(seed)
             with _one_torch_thread():
                 trial = self._optuna.ask(self._distributions)
-            if last or self._space.decision(self._space.to_plan(trial.params)) not in self._decisions:
+            plan, options = self._space.to_plan(trial.params), self._space.to_options(trial.params)
+            if last or self._space.decision(plan, options) not in self._decisions:
                 break
             self._optuna.tell(trial, state=TrialState.FAIL)  # samplers pass over failed trials
         return trial
@@ -282,6 +281,12 @@ def _local_time(iso: str) -> datetime | None:
         return datetime.fromisoformat(iso).astimezone().replace(tzinfo=None)
     except ValueError:
         return None
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if dimension.whole:
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
 @contextmanager

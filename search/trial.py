@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+from agents.agent import Objective, Student
 from components.mixing import choose
 from components.pruning import kept_indices, slice_state
 from components.reconstruction import reconstruct
@@ -18,7 +19,7 @@ from search.determinism import deterministic
 from search.durable_files import one_line
 from search.measurement import LATENCIES, decision_latency, decision_macs
 from search.prepared_base import prepare
-from search.trial_types import TrialResult, TrialSettings, TrialSpec, timestamp, trial_seed
+from search.trial_types import RepairedBy, TrialResult, TrialSettings, TrialSpec, timestamp, trial_seed
 
 __all__ = ["NonFiniteError", "TrialResult", "TrialSettings", "TrialSpec", "run_trial", "trial_seed"]
 
@@ -34,6 +35,7 @@ class NonFiniteError(ArithmeticError):
 def run_trial(spec: TrialSpec, base: Base, device: str = "cpu") -> TrialResult:
     """Prune, repair, fine-tune and measure one plan.
 
+    Of the reconstructed and the fine-tuned agent, the one that performs better on validation data is kept.
     Every fault of the trial ends as a failed result that names the stage, so that the worker survives it. The
     same specification, base, device and thread count give the same result, bit for bit, but for timings.
 
@@ -86,8 +88,11 @@ def _pipeline(spec: TrialSpec, base: Base, device: str, stages: Stages) -> Trial
     stages.enter("slice")
     indices = kept_indices(dense.graph, keep)
     sliced = {section: slice_state(dense.graph, state, indices) for section, state in dense.states.items()}
-    agent = dense.build(widths)
+    agent = dense.build(widths, spec.options)
     agent.load_states(sliced)
+    kept = {group: mask.nonzero().flatten() for group, mask in keep.items()}
+    if isinstance(agent, Student):
+        agent.learn_from(dense.agent, {group: channels.to(device) for group, channels in kept.items()})
 
     stages.enter("reconstruct")
     repaired = reconstruct(
@@ -103,21 +108,31 @@ def _pipeline(spec: TrialSpec, base: Base, device: str, stages: Stages) -> Trial
     agent.load_states({**sliced, "model": repaired})
 
     stages.enter("evaluate")
+    measure = agent.performance
     performance = agent.evaluate("validation")
-    rungs = [(0, float(performance[agent.performance.name]))]
+    reached = float(performance[measure.name])
+    rungs = [(0, reached)]
+    repaired_by: RepairedBy = "reconstruction"
+    facts: dict[str, float] = {}
 
     if settings.fine_tune_updates > 0:
         stages.enter("fine_tune")
         method = settings.fine_tune_method or agent.fine_tune_methods[0]
-        agent.fine_tune(method, settings.fine_tune_updates, spec.seed, _unheard)
+        told = agent.fine_tune(method, settings.fine_tune_updates, spec.seed, _unheard)
+        facts = {name: float(value) for name, value in (told or {}).items()}
+        _require_finite(facts)
         stages.enter("evaluate")
-        performance = agent.evaluate("validation")
-        rungs.append((settings.fine_tune_updates, float(performance[agent.performance.name])))
+        tuned = agent.evaluate("validation")
+        after = float(tuned[measure.name])
+        rungs.append((settings.fine_tune_updates, after))
+        if _as_good(after, reached, measure):
+            performance, reached, repaired_by = tuned, after, "fine_tuning"
+        else:
+            agent.load_states({"model": repaired})
 
-    reached = float(performance[agent.performance.name])
     parameters = parameter_count(agent.model)
     decision = decision_macs(agent)
-    measured = {"parameters": float(parameters), "macs": float(decision), agent.performance.name: reached}
+    measured = {"parameters": float(parameters), "macs": float(decision), measure.name: reached}
     if LATENCIES & set(settings.objectives):
         measured.update(decision_latency(agent))
     retention = base.retention(reached)
@@ -129,6 +144,7 @@ def _pipeline(spec: TrialSpec, base: Base, device: str, stages: Stages) -> Trial
         plan=spec.plan,
         origin=spec.origin,
         seed=spec.seed,
+        options=spec.options,
         objectives={name: measured[name] for name in settings.objectives},
         parameters=parameters,
         size_ratio=parameters / base.parameters,
@@ -138,8 +154,10 @@ def _pipeline(spec: TrialSpec, base: Base, device: str, stages: Stages) -> Trial
         base_performance=dict(base.performance),
         component_sizes=component_sizes(dense.graph, agent.model),
         widths=widths,
-        kept={group: tuple(mask.nonzero().flatten().tolist()) for group, mask in keep.items()},
+        kept={group: tuple(channels.tolist()) for group, channels in kept.items()},
         rungs=tuple(rung for rung in rungs if math.isfinite(rung[1])),
+        fine_tuning=facts,
+        repaired_by=repaired_by,
         state=to_arrays(agent.states()["model"]),
     )
 
@@ -171,6 +189,13 @@ class Stages:
 
 def _unheard(done: int, total: int, note: str) -> None:
     """Progress inside a trial: nobody listens."""
+
+
+def _as_good(tuned: float, reconstructed: float, measure: Objective) -> bool:
+    """Whether the fine-tuned performance is no worse; what is not finite is worse than what is."""
+    if not (math.isfinite(tuned) and math.isfinite(reconstructed)):
+        return not math.isfinite(reconstructed)
+    return tuned >= reconstructed if measure.direction == "maximize" else tuned <= reconstructed
 
 
 def _require_finite(measured: Mapping[str, float]) -> None:

@@ -14,6 +14,9 @@ import numpy as np
 
 from components.mixing import PruningPlan
 
+RepairedBy = Literal["reconstruction", "fine_tuning", ""]
+"""Which step left the state that a trial returns; empty where there is none."""
+
 
 @dataclass(frozen=True)
 class TrialSettings:
@@ -40,13 +43,27 @@ class TrialSettings:
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """What a search decides about one trial.
+
+    Attributes:
+        plan: what to prune, and by which mixture of importance metrics.
+        origin: who proposed it: `anchor: dense`, `anchor: uniform 50 %`, `tpe` ...
+        options: options of the agent that are searched, and their values; the others are those of the base.
+    """
+
+    plan: PruningPlan
+    origin: str
+    options: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TrialSpec:
     """One configuration to run.
 
     Attributes:
         number: the trial's number in its search, from 0.
-        plan: what to prune, and by which mixture of importance metrics.
-        origin: who proposed it: `anchor: dense`, `anchor: uniform 50 %`, `tpe` ...
+        plan, origin, options: as in the `Proposal`.
         seed: of everything random in the trial; see `trial_seed`.
         pruning: what every trial of the search shares.
     """
@@ -56,6 +73,12 @@ class TrialSpec:
     origin: str
     seed: int
     pruning: TrialSettings
+    options: Mapping[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(number: int, proposal: Proposal, seed: int, pruning: TrialSettings) -> TrialSpec:
+        """What is proposed, as a trial of a search."""
+        return TrialSpec(number, proposal.plan, proposal.origin, seed, pruning, proposal.options)
 
 
 @dataclass(frozen=True)
@@ -63,7 +86,7 @@ class TrialResult:
     """What became of a trial. Measurements are None in a failed one.
 
     Attributes:
-        number, plan, origin, seed: as in the `TrialSpec`.
+        number, plan, origin, options, seed: as in the `TrialSpec`.
         status: `complete` or `failed`.
         reason: of a failure, one line; None when complete.
         objectives: declared objective -> finite measured value, on validation data.
@@ -77,6 +100,9 @@ class TrialResult:
         widths: group -> channels kept.
         kept: group -> indices of the kept channels, ascending.
         rungs: (updates of fine-tuning done, performance on validation data): before and after it.
+        fine_tuning: what the agent tells of its fine-tuning, by name.
+        repaired_by: `fine_tuning`, or `reconstruction` where that performs better on validation data or there
+            was no fine-tuning; everything measured is of that state. Empty in a failed trial.
         timings: stage -> seconds.
         device, host: where it ran.
         started, finished: ISO 8601, UTC.
@@ -88,6 +114,7 @@ class TrialResult:
     plan: PruningPlan
     origin: str
     seed: int
+    options: Mapping[str, int] = field(default_factory=dict)
     reason: str | None = None
     objectives: Mapping[str, float] = field(default_factory=dict)
     parameters: int | None = None
@@ -100,6 +127,8 @@ class TrialResult:
     widths: Mapping[str, int] = field(default_factory=dict)
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     rungs: tuple[tuple[int, float], ...] = ()
+    fine_tuning: Mapping[str, float] = field(default_factory=dict)
+    repaired_by: RepairedBy = ""
     timings: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
     host: str = ""
@@ -116,6 +145,7 @@ class TrialResult:
             plan=spec.plan,
             origin=spec.origin,
             seed=spec.seed,
+            options=spec.options,
             reason=reason,
             started=started,
             finished=finished,
@@ -156,8 +186,11 @@ class TrialResult:
             "widths": dict(self.widths),
             "coefficients": _plain(self.plan.coefficients),
             "ratios": dict(self.plan.ratios),
+            "options": dict(self.options),
             "kept": {group: list(indices) for group, indices in self.kept.items()},
             "rungs": [list(rung) for rung in self.rungs],
+            "fine_tuning": dict(self.fine_tuning),
+            "repaired_by": self.repaired_by,
             "timings": dict(self.timings),
             "device": self.device,
             "host": self.host,
@@ -180,6 +213,7 @@ class TrialResult:
             plan=PruningPlan(coefficients=record["coefficients"], ratios=record["ratios"]),
             origin=record["origin"],
             seed=record["seed"],
+            options=record.get("options", {}),  # records of before lack this, fine_tuning and repaired_by
             reason=record["reason"],
             objectives=record["objectives"],
             parameters=record["parameters"],
@@ -192,6 +226,8 @@ class TrialResult:
             widths=record["widths"],
             kept={group: tuple(indices) for group, indices in record["kept"].items()},
             rungs=tuple((int(updates), float(loss)) for updates, loss in record["rungs"]),
+            fine_tuning=record.get("fine_tuning", {}),
+            repaired_by=record.get("repaired_by", ""),
             timings=record["timings"],
             device=record["device"],
             host=record["host"],

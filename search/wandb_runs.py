@@ -51,6 +51,7 @@ def trial_run(record: Record) -> tuple[dict[str, Any], list[dict[str, Any]], dic
         "seed": record["seed"],
         **flat(record["ratios"], "ratio/"),
         **flat(record["coefficients"], "coefficient/"),
+        **flat(record.get("options") or {}, "option/"),
     }
     rows = [
         {"fine_tune/updates": updates, "fine_tune/performance": performance}
@@ -70,6 +71,8 @@ def trial_run(record: Record) -> tuple[dict[str, Any], list[dict[str, Any]], dic
         **flat(record["component_sizes"], "size/"),
         **flat(record["widths"], "width/"),
         **flat(record["timings"], "seconds/"),
+        **flat(record.get("fine_tuning") or {}, "fine_tuning/"),
+        "repaired_by": record.get("repaired_by") or None,
         **{name: record.get(name) for name in ("host", "started", "finished")},
     }
     return config, rows, {name: value for name, value in summary.items() if value is not None}

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import components
-from agents.agent import Agent, Objective
+from agents.agent import Agent, Objective, Student, calibration_program, searchable_options, shared_ratios
 from components import DependencyGraph, importance
 from components.tracker import ImportanceTracker
 
@@ -196,6 +196,10 @@ class AgentContract:
         other = self.make_agent(data=copied)
         other.load_states(states)
         assert other.evaluate("test") == trained.evaluate("test")
+        everything = {
+            name: torch.ones(width, dtype=torch.bool) for name, width in _trace(trained).widths.items()
+        }
+        _teach(other, trained, everything)
         other.fine_tune(other.fine_tune_methods[0], 3, 0, _silent)
         assert all(torch.equal(copied[name], tensor) for name, tensor in trained.data().items())
 
@@ -221,7 +225,8 @@ class AgentContract:
             reached = []
             for _ in range(2):
                 pruned.load_states(states)
-                pruned.fine_tune(method, FINE_TUNE_UPDATES, 0, _silent)
+                facts = pruned.fine_tune(method, FINE_TUNE_UPDATES, 0, _silent) or {}
+                assert all(math.isfinite(value) for value in facts.values())
                 reached.append(pruned.evaluate("validation")[name])
             assert _better(pruned, reached[0], cut)
             assert reached[0] == reached[1]
@@ -231,7 +236,10 @@ class AgentContract:
         agent = self.make_agent(data=trained.data())
         agent.load_states(states)
         act = agent.act
-        agent.act = lambda inputs: torch.zeros_like(act(inputs))  # type: ignore[method-assign]
+        # A controller may hand itself more than the inputs along an episode, such as what it remembers.
+        agent.act = (  # type: ignore[method-assign]
+            lambda inputs, *more, **named: torch.zeros_like(act(inputs, *more, **named))
+        )
         name = agent.performance.name
         assert agent.evaluate("validation")[name] != trained.evaluate("validation")[name], (
             "evaluate() goes round act(): it measures something else than what is deployed"
@@ -247,6 +255,29 @@ class AgentContract:
         assert not outputs.requires_grad
         assert torch.equal(outputs, trained.act(inputs))
         torch.testing.assert_close(outputs[:1], trained.act(inputs[:1]))
+
+    # --- what it may have besides ------------------------------------------------------------------------
+
+    def test_shared_ratios_name_groups(self) -> None:
+        agent = self.make_agent()
+        assert set(shared_ratios(agent)) <= set(agent.widths)
+
+    def test_searchable_options_are_whole_numbers_that_shape_nothing(self) -> None:
+        agent = self.make_agent()
+        for name in searchable_options(agent):
+            value = agent.options[name]
+            assert type(value) is int, name
+            assert value >= 1, name
+            other = type(agent)({**agent.options, name: value + 1})
+            assert other.options[name] == value + 1, name
+            assert _shapes(other) == _shapes(agent), name
+
+    def test_the_calibration_program_is_deterministic(self) -> None:
+        trained, _ = _trained(self.make_agent)
+        inputs = trained.calibration_inputs(8, 0)
+        with torch.no_grad():
+            first, second = (calibration_program(trained)(trained.model, inputs) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 # --- parts -----------------------------------------------------------------------------------------------
@@ -271,7 +302,14 @@ def _pruned(make_agent: MakeAgent, seed: int) -> tuple[Agent, DependencyGraph]:
     }
     pruned = make_agent(widths={name: int(mask.sum()) for name, mask in keep.items()}, data=trained.data())
     pruned.load_states({section: components.prune(graph, state, keep) for section, state in states.items()})
+    _teach(pruned, trained, keep)
     return pruned, graph
+
+
+def _teach(agent: Agent, base: Agent, keep: Mapping[str, Tensor]) -> None:
+    """Tell a student what a trial tells it."""
+    if isinstance(agent, Student):
+        agent.learn_from(base, {name: mask.nonzero().flatten() for name, mask in keep.items()})
 
 
 def _trace(agent: Agent) -> DependencyGraph:

@@ -34,7 +34,7 @@ def run_serially(
     """What `search.cluster.run_search` does, one trial after the other in this process."""
     failed = complete = 0
     for number in numbers:
-        result = run_trial(make_spec(number, *study.ask(number)), base)
+        result = run_trial(make_spec(number, study.ask(number)), base)
         record(result)
         study.tell(result)
         for observer in observers:

@@ -7,11 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_agents
 from agent_contract import AgentContract, check_agent
-from example_agent import DigitClassifier
+from example_agent import ROWS, DigitClassifier
 from torch import nn
 
-from agents.agent import BUILT_IN, UNTRACKED, Objective, PlainAgent, agent_class
+from agents.agent import (
+    BUILT_IN,
+    UNTRACKED,
+    Objective,
+    PlainAgent,
+    Student,
+    agent_class,
+    calibration_program,
+    searchable_options,
+    shared_ratios,
+)
 from agents.autoencoder import Autoencoder
 from components import UserError
 
@@ -92,6 +103,21 @@ def test_missing_members_are_named(monkeypatch):
     assert "lacks trivial, performance (an Objective), fine_tune_methods" in str(caught.value)
 
 
+def test_what_an_agent_may_have_besides():
+    plain, rolling, repeating = (
+        kind({}) for kind in (toy_agents.Toy, toy_agents.Rolling, toy_agents.Repeating)
+    )
+    inputs = {"observations": torch.ones(3, toy_agents.INPUTS)}
+    assert set(calibration_program(plain)(plain.model, inputs)) == {"latent", "reconstruction"}
+    assert calibration_program(plain) == plain.program
+    assert calibration_program(rolling) == rolling.calibration_program
+    assert (shared_ratios(plain), searchable_options(plain)) == ({}, ())
+    assert shared_ratios(repeating) == {"decoder.0": "encoder.0"}
+    assert searchable_options(repeating) == ("passes",)
+    assert isinstance(toy_agents.Taught({}), Student)
+    assert not isinstance(plain, Student)
+
+
 @pytest.mark.parametrize(("name", "direction"), [("", "minimize"), ("error", "min")])
 def test_objectives_are_checked(name, direction):
     with pytest.raises(UserError):
@@ -102,6 +128,42 @@ class TestExampleAgent(AgentContract):
     @staticmethod
     def make_agent(widths=None, data=None):
         return DigitClassifier({"hidden": 24, "updates": 80}, widths, data)
+
+
+class Copying(DigitClassifier):
+    """A student that starts its fine-tuning from its teacher's kept weights, and acts with a memory."""
+
+    searchable_options = ("updates",)
+
+    def learn_from(self, base, kept):
+        self.base, self.kept = base, kept
+
+    def act(self, inputs, memory=None):
+        return super().act(inputs) if memory is None else super().act(inputs) + memory["bias"]
+
+    def evaluate(self, split):
+        images, labels = (self.rows[name][ROWS[split]] for name in ("images", "labels"))
+        choices = self.act(images, memory={"bias": torch.zeros(10)}).argmax(dim=1)
+        return {"accuracy": (choices == labels).double().mean().item()}
+
+    def fine_tune(self, method, updates, seed, progress):
+        rows = self.kept["0"]
+        with torch.no_grad():
+            self.model[0].weight.copy_(self.base.model[0].weight[rows])
+        super().fine_tune(method, updates, seed, progress)
+        return {"copied": float(len(rows))}
+
+    def train(self, seed, tracker, progress):
+        self.reset(seed)
+        DigitClassifier.fine_tune(
+            self, "supervised", self.options["updates"], seed, progress, tracker or UNTRACKED
+        )
+
+
+class TestStudent(AgentContract):
+    @staticmethod
+    def make_agent(widths=None, data=None):
+        return Copying({"hidden": 24, "updates": 80}, widths, data)
 
 
 def test_the_example_is_short():
@@ -138,6 +200,11 @@ BROKEN = {
     },
     "its trivial agent is better": {"trivial": lambda self, split: 1.0},
     "its fine-tuning does nothing": {"fine_tune": lambda self, *_: None},
+    "what it tells of its fine-tuning is no number": {
+        "fine_tune": lambda self, *rest: DigitClassifier.fine_tune(self, *rest) or {"loss": float("nan")}
+    },
+    "it shares the ratio of no group": {"shared_ratios": {"1": "0"}},
+    "its searchable option shapes the model": {"searchable_options": ("hidden",)},
     "its contract is of another shape": {
         "contract": lambda self: {
             "inputs": [{"name": "x", "shape": [3], "dtype": "float32", "range": None}],

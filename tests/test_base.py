@@ -99,6 +99,30 @@ def test_progress_is_told():
     assert seen[-1] == (30, 30)
 
 
+def test_data_and_calibration_inputs_are_those_after_training(tmp_path):
+    gathered = train_base("toy_agents:Gathering", {}, seed=1, metrics=METRICS, reconstruction="gram")
+    plain = train_base(KIND, {}, seed=1, metrics=("l2",))
+    assert_same_arrays(gathered.states["model"], plain.states["model"])
+    assert_same_arrays(gathered.data, {**plain.data, "gathered": plain.data["train"] + np.float32(1)})
+    np.testing.assert_array_equal(gathered.calibration["observations"], gathered.data["gathered"])
+    save_base(gathered, tmp_path)
+    assert_same(gathered, load_base(tmp_path))
+    assert set(prepare(gathered).agent.data()) == set(gathered.data)
+
+
+def test_reconstruction_runs_the_program_for_calibration():
+    """Rolled out, every layer would be called twice; with one step the base is that of the plain toy."""
+    settings = {"seed": 0, "metrics": METRICS, "reconstruction": "gram"}
+    rolling, plain = (train_base(kind, {}, **settings) for kind in ("toy_agents:Rolling", KIND))
+    assert_same_arrays(rolling.grams, plain.grams)
+    assert_same_arrays(rolling.scores["reconstruction"], plain.scores["reconstruction"])
+    dense = prepare(rolling)
+    found = dense.program(dense.agent.model)
+    assert set(found) == {"latent", "reconstruction"}
+    assert len(found["latent"]) == 240
+    assert dense.recording is not None  # the program of tracing would refuse so many rows
+
+
 def test_grams_are_kept_only_where_trials_need_them():
     assert train_base(KIND, {}, seed=0, metrics=("reconstruction",)).grams is None
 

@@ -86,6 +86,26 @@ def test_a_bundle_has_the_documented_files(stored, result, dense):
     assert read(stored, "contract.json")["inputs"][0]["shape"] == [toy_agents.INPUTS]
 
 
+def test_a_bundle_acts_with_the_options_of_its_trial(tmp_path):
+    dense = prepare(train_base("toy_agents:Repeating", {}, seed=0, metrics=("l2", "fisher")))
+    settings = TrialSettings(("l2", "fisher"), ("parameters", "reconstruction_error"), fine_tune_updates=5)
+    result = run_trial(TrialSpec(7, PLAN, "tpe", 11, settings, {"passes": 3}), dense.base)
+    save_bundle(tmp_path / "7", dense, result)
+    assert read(tmp_path / "7", "architecture.json")["options"] == {**dense.base.options, "passes": 3}
+    bundle = load_bundle(tmp_path / "7")
+    once, values = toy_agents.Toy({}, result.widths), bundle.inputs
+    once.load_states({"model": {name: torch.tensor(array) for name, array in result.state.items()}})
+    for _ in range(3):
+        values = once.act(values)
+    torch.testing.assert_close(bundle.outputs, values)
+    report = verify_bundle(tmp_path / "7")
+    assert report.identical
+    measured = {row.name: (row.stored, row.now) for row in report.measurements}
+    for name in ("validation reconstruction_error", "validation retention", "macs"):
+        assert measured[name][0] == measured[name][1]
+    assert read(tmp_path / "7", "metrics.json")["repaired_by"] == result.repaired_by
+
+
 def test_a_loaded_bundle_acts_as_the_trial_did(stored, result):
     bundle = load_bundle(stored)
     for name, tensor in bundle.agent.states()["model"].items():

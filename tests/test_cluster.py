@@ -17,7 +17,7 @@ import pytest
 from components.errors import UserError
 from components.mixing import PruningPlan
 from search import cluster
-from search.trial_types import TrialResult, TrialSettings, TrialSpec
+from search.trial_types import Proposal, TrialResult, TrialSettings, TrialSpec
 
 SETTINGS = TrialSettings(metrics=("l2",), objectives=("parameters", "error"))
 STATE_BYTES = 400_000
@@ -55,6 +55,7 @@ def complete(spec: TrialSpec, **measured: Any) -> TrialResult:
         plan=spec.plan,
         origin=spec.origin,
         seed=spec.seed,
+        options=spec.options,
         objectives={"parameters": 100.0 - spec.number, "error": 0.1 * spec.number},
         **measured,
     )
@@ -102,9 +103,10 @@ class Journal:
     entries: list[tuple[str, int]] = field(default_factory=list)
     results: list[TrialResult] = field(default_factory=list)
 
-    def ask(self, number: int) -> tuple[PruningPlan, str]:
+    def ask(self, number: int) -> Proposal:
         self.entries.append(("ask", number))
-        return PruningPlan(coefficients={"l2": 1.0}, ratios={"encoder.0": number / 100}), f"origin {number}"
+        plan = PruningPlan(coefficients={"l2": 1.0}, ratios={"encoder.0": number / 100})
+        return Proposal(plan, f"origin {number}", {"passes": number})
 
     def tell(self, result: TrialResult) -> None:
         self.entries.append(("tell", result.number))
@@ -124,7 +126,7 @@ def search(journal: Journal, numbers: range, run_trial: Any, base: Any = None, *
     return cluster.run_search(
         numbers,
         study=journal,
-        make_spec=lambda number, plan, origin: TrialSpec(number, plan, origin, 1000 + number, SETTINGS),
+        make_spec=lambda number, proposal: TrialSpec.of(number, proposal, 1000 + number, SETTINGS),
         run_trial=run_trial,
         base=base,
         record=options.pop("record", journal.record),
@@ -209,6 +211,7 @@ def test_a_failure_has_its_reason_and_no_numbers(
     assert result.state is None
     assert (result.origin, result.seed) == (f"origin {number}", 1000 + number)
     assert result.plan.ratios == {"encoder.0": number / 100}
+    assert result.options == {"passes": number}
 
 
 def test_results_arrive_whole(troubled_search: TroubledSearch) -> None:

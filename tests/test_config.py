@@ -19,6 +19,7 @@ from search.config import (
     Constraint,
     ExperimentConfig,
     Metric,
+    OptionBounds,
     load_experiment,
     parse_experiment,
     resolve_objectives,
@@ -79,6 +80,7 @@ search:
   seed: 4
   concurrency: 2
   anchors: false
+  options: {samples: [32, 256], iterations: [1, 6]}
 resources: {cpus: 0.5, gpus: 0.25}
 wandb: {mode: offline, project: mine, entity: us}
 """
@@ -92,6 +94,8 @@ wandb: {mode: offline, project: mine, entity: us}
         Constraint("retention", ">=", 0.5),
         Constraint("parameters", "<=", 2000.0),
     )
+    assert config.search.options == (OptionBounds("samples", 32, 256), OptionBounds("iterations", 1, 6))
+    assert config.model_dump(mode="json")["search"]["options"] == {"samples": [32, 256], "iterations": [1, 6]}
     assert config.pruning.fine_tune.method == "distill"
     assert config.resources.gpus == 0.25
     # Nothing was left at its default: every key that there is was set.
@@ -170,7 +174,7 @@ def test_faults_of_an_override_name_the_override() -> None:
         (
             "search.trails=3",
             "unknown key search.trails: did you mean 'trials'? allowed: anchors, concurrency, constraints, "
-            "objectives, sampler, seed, trials",
+            "objectives, options, sampler, seed, trials",
         ),
         (
             "trials=3",
@@ -188,6 +192,26 @@ def test_faults_of_an_override_name_the_override() -> None:
         ("search.trials=", "search.trials is null: it must be a whole number, at least 1"),
         ("search.seed=-1", "search.seed is -1: it must be a whole number, at least 0"),
         ("search.concurrency=0", "search.concurrency is 0: it must be a whole number, at least 1, or null"),
+        ("search.options=3", "search.options is 3: it must be a mapping"),
+        *(
+            (
+                f"search.options.samples={text}",
+                f"search.options.samples is {shown}: it must be two whole numbers, [low, high] with "
+                "1 <= low < high, such as [32, 256]",
+            )
+            for text, shown in (
+                ("[0, 4]", "[0, 4]"),
+                ("[4, 4]", "[4, 4]"),
+                ("[4, 2]", "[4, 2]"),
+                ("[1, 2.0]", "[1, 2.0]"),
+                ("[true, 4]", "[True, 4]"),
+                ("[1]", "[1]"),
+                ("[1, 2, 3]", "[1, 2, 3]"),
+                ("12", "12"),
+                ("'12'", "'12'"),
+                ("", "null"),
+            )
+        ),
         ("search.anchors=1", "search.anchors is 1: it must be true or false"),
         ("search.sampler=tp", "search.sampler is 'tp': did you mean 'tpe'? allowed: gp, nsga2, random, tpe"),
         ("search.sampler=3", "search.sampler is 3: allowed: gp, nsga2, random, tpe"),

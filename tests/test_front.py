@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import itertools
 import json
@@ -24,7 +25,7 @@ from search.front_table import (
     front_table,
     hypervolume_line,
     retention_table,
-    stage_table,
+    stage_line,
 )
 from search.selection import Wish, select
 from search.trial_types import TrialResult
@@ -127,10 +128,27 @@ def test_front_json_has_the_documented_keys_and_comes_back():
         "retention",
         "test_retention",
         "coefficients",
+        "options",
     }
     assert all(set(entry) >= keys | {"ratios", "bundle", "test_error"} for entry in content["trials"])
     assert content["objectives"][0] == {"name": "parameters", "direction": "minimize", "unit": "parameters"}
     assert Front.from_json(Path("front.json"), content) == front
+
+
+def test_searched_options_are_in_the_front_and_its_table():
+    results = [dataclasses.replace(entry, options={"passes": 40 + entry.number}) for entry in STAIRS]
+    front = front_of(results)
+    content = json.loads(json.dumps(front.to_json()))
+    assert [entry["options"] for entry in content["trials"]] == [{"passes": 40 + n} for n in (3, 2, 1, 0)]
+    assert Front.from_json(Path("front.json"), content) == front
+    output = io.StringIO()
+    Console(width=100, file=output).print(front_table(front))
+    rows = [line.split() for line in output.getvalue().splitlines() if line.strip()]
+    assert any("passes" in row for row in rows)
+    assert any(row[0] == "3" and "43" in row for row in rows)
+    for entry in content["trials"]:
+        del entry["options"]  # as before there were options
+    assert [trial.options for trial in Front.from_json(Path("front.json"), content).trials] == [{}] * 4
 
 
 def test_hypervolumes_and_the_retention_table_are_those_of_the_stairs():
@@ -235,13 +253,27 @@ def test_tables_fit_a_hundred_columns_and_show_what_matters():
     )
     output = io.StringIO()
     console = Console(width=100, file=output)
-    for table in (front_table(front), retention_table(front), stage_table(results)):
+    for table in (front_table(front), retention_table(front)):
         console.print(table)
     text = output.getvalue()
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "1,234.57" not in text
-    for shown in ("1010", "999,000,000", "0.456", "1.23", "tpe", "1235", "fine tune"):
+    for shown in ("1010", "999,000,000", "0.456", "1.23", "tpe", "1235"):
         assert shown in text, shown
+
+
+def test_the_stages_of_complete_trials_are_medians_in_one_line():
+    failed = dataclasses.replace(trial(99, 1, 0.0, status="failed"), timings={"score": 500.0})
+    assert stage_line([*STAIRS, failed]) == "median trial 1.2 s: mix 0.2, fine-tune 1.0"
+    # The median of sums is not the sum of medians: 1 + 5, 2 + 2 and 3 + 1 seconds.
+    timed = [
+        dataclasses.replace(STAIRS[0], timings={"slice": a, "evaluate": b})
+        for a, b in ((1, 5), (2, 2), (3, 1))
+    ]
+    assert stage_line(timed) == "median trial 4.0 s: slice 2.0, evaluate 2.0"
+    quick = [dataclasses.replace(STAIRS[0], timings={"mix": 0.0123, "fine_tune": 0.2})]
+    assert stage_line(quick) == "median trial 0.21 s: mix 0.01, fine-tune 0.20"
+    assert stage_line([failed]) == ""
 
 
 def test_words_for_hypervolume_sizes_and_failures():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from components.dependency import Group
 from components.errors import UserError
 from components.mixing import PruningPlan, kept_count
-from search.space import SearchSpace
+from search.space import OptionRange, SearchSpace
 
 ENCODER, DECODER = frozenset({"encoder"}), frozenset({"decoder"})
 GROUPS = (
@@ -125,6 +125,59 @@ def test_groups_may_share_a_kept_share() -> None:
     assert named.params_of(PruningPlan({"l2": 1.0}, {"q1.0": 0.75, "q2.0": 0.75})) == {"keep/q": 0.25}
     with pytest.raises(UserError, match=r"'q3\.0'.*did you mean 'q2\.0'"):
         build(groups=twins, shared={"q3.0": "q1.0"})
+
+
+OPTIONS = {"samples": OptionRange(32, 256, own=512), "iterations": OptionRange(2, 6, own=4)}
+
+
+@pytest.mark.parametrize("metrics", [METRICS, ("l2",)])
+@given(st.data())
+def test_options_are_whole_numbers_beside_the_plan(metrics: tuple[str, ...], data: st.DataObject) -> None:
+    plain, space = build(metrics=metrics), build(metrics=metrics, options=OPTIONS)
+    assert names(space) == [*names(plain), "option/samples", "option/iterations"]
+    assert not any(dimension.whole for dimension in plain.dimensions)
+    samples, iterations = space.dimensions[-2:]
+    assert (samples.low, samples.high, samples.log, samples.whole) == (32, 256, True, True)
+    assert (iterations.low, iterations.high, iterations.log, iterations.whole) == (2, 6, True, True)
+    chosen = {
+        "samples": data.draw(st.integers(32, 256)),
+        "iterations": data.draw(st.integers(2, 6)),
+    }
+    params = data.draw(points(plain)) | {f"option/{name}": value for name, value in chosen.items()}
+    assert space.to_options(params) == chosen
+    assert space.to_plan(params) == plain.to_plan(params)
+    found = space.params_of(space.to_plan(params), chosen)
+    assert set(found) == set(names(space))
+    assert space.to_options(found) == chosen
+
+
+def test_options_that_are_not_given_are_the_agents_own_within_the_bounds() -> None:
+    space = build(options=OPTIONS)
+    for anchor in space.anchors():
+        assert list(anchor.params) == names(space)
+        assert space.to_options(anchor.params) == {"samples": 256, "iterations": 4}
+    params = space.params_of(PruningPlan(dict.fromkeys(METRICS, 1.0), {}), {"iterations": 100})
+    assert (params["option/samples"], params["option/iterations"]) == (256, 6)
+    assert [anchor.label for anchor in space.anchors()] == [anchor.label for anchor in build().anchors()]
+    assert build().to_options({}) == {}
+    with pytest.raises(KeyError):
+        space.to_options({"option/samples": 64})
+
+
+def test_options_are_part_of_the_decision() -> None:
+    space = build(options=OPTIONS)
+    for anchor in space.anchors()[:2]:  # the dense one decides by sizes and options alone
+        plan = space.to_plan(anchor.params)
+        choices = [{"samples": n, "iterations": i} for n in (32, 33) for i in (2, 4)]
+        assert len({space.decision(plan, choice) for choice in choices}) == 4
+        own = {"samples": 512, "iterations": 4}
+        assert space.decision(plan) == space.decision(plan, own) != space.decision(plan, choices[0])
+
+
+def test_options_count_as_dimensions() -> None:
+    with pytest.raises(UserError, match=r"14 dimensions.* at least 140, not 139"):
+        build(coefficients="per_component", trials=139, options=OPTIONS)
+    build(coefficients="per_component", trials=140, options=OPTIONS)
 
 
 def test_nothing_to_prune_is_refused() -> None:

@@ -20,13 +20,13 @@ from optuna.trial import TrialState
 
 from agents.agent import Objective
 from components.dependency import Group
-from components.mixing import PruningPlan, kept_count
+from components.mixing import kept_count
 from search import study as study_module
 from search.config import Constraint
 from search.pareto import hypervolume_log
-from search.space import SearchSpace
+from search.space import OptionRange, SearchSpace
 from search.study import Study
-from search.trial_types import TrialResult
+from search.trial_types import Proposal, TrialResult
 
 ENCODER, DECODER = frozenset({"encoder"}), frozenset({"decoder"})
 GROUPS = (
@@ -37,8 +37,6 @@ GROUPS = (
 METRICS = ("l2", "fisher")
 OBJECTIVES = (Objective("parameters", "minimize", "parameters"), Objective("score", "maximize", "points"))
 SAMPLERS = ["tpe", "nsga2", "gp", "random"]
-
-Proposal = tuple[PruningPlan, str]
 
 
 def space_of(metrics: Sequence[str] = METRICS, groups: Sequence[Group] = GROUPS) -> SearchSpace:
@@ -60,7 +58,7 @@ def finish(number: int, proposal: Proposal, **changes: Any) -> TrialResult:
 
     A layer's size is the product of its widths; groups need some channels, fewer if `fisher` chose them.
     """
-    plan, origin = proposal
+    plan = proposal.plan
     kept = [kept_count(group.size, plan.ratios[group.name]) for group in GROUPS]
     widths = [64, *kept, 64]
     parameters = sum(a * b for a, b in pairwise(widths))
@@ -77,7 +75,8 @@ def finish(number: int, proposal: Proposal, **changes: Any) -> TrialResult:
         "started": "2026-01-31T12:00:00+00:00",
         "finished": "2026-01-31T12:00:02+00:00",
     }
-    return TrialResult(number, "complete", plan, origin, seed=0, **(measured | changes))
+    made = {"plan": plan, "origin": proposal.origin, "options": proposal.options, "seed": 0}
+    return TrialResult(number, "complete", **made, **(measured | changes))
 
 
 def run(study: Study, trials: int, *, first: int = 0, parallel: int = 1) -> list[TrialResult]:
@@ -104,14 +103,13 @@ def test_anchors_come_first_and_exactly(sampler: str) -> None:
     anchors = space.anchors()
     study = make(sampler)
     for number, anchor in enumerate(anchors):
-        plan, origin = study.ask(number)
-        assert plan == space.to_plan(anchor.params)
-        assert origin == f"anchor: {anchor.label}"
-    assert study.ask(len(anchors))[1] == sampler
+        proposal = study.ask(number)
+        assert proposal == Proposal(space.to_plan(anchor.params), f"anchor: {anchor.label}")
+    assert study.ask(len(anchors)).origin == sampler
 
 
 def test_anchors_can_be_left_out() -> None:
-    assert make(anchors=False).ask(0)[1] == "tpe"
+    assert make(anchors=False).ask(0).origin == "tpe"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -144,7 +142,7 @@ def test_eight_parallel_proposals_differ(sampler: str) -> None:
     study = make(sampler, space=space)
     first = 12 if sampler == "gp" else 24
     results = run(study, first, parallel=4)
-    plans = [study.ask(number)[0] for number in range(first, first + 8)]
+    plans = [study.ask(number).plan for number in range(first, first + 8)]
     decisions = [space.decision(plan) for plan in [*plans, *(result.plan for result in results)]]
     assert len(set(decisions)) == len(decisions)
 
@@ -154,7 +152,7 @@ def test_repeated_decisions_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> 
 
     def decisions() -> set[tuple[object, ...]]:
         study = make("random", space=space, anchors=False)
-        return {space.decision(study.ask(number)[0]) for number in range(5)}
+        return {space.decision(study.ask(number).plan) for number in range(5)}
 
     assert len(decisions()) == 5
     monkeypatch.setattr(study_module, "PROPOSALS", 1)
@@ -164,7 +162,7 @@ def test_repeated_decisions_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_exhausted_space_still_gets_proposals() -> None:
     space = space_of(metrics=("l2",), groups=(Group("a", ENCODER, 2, ()),))
     study = make("tpe", space=space)
-    assert len({space.decision(study.ask(number)[0]) for number in range(12)}) == 2
+    assert len({space.decision(study.ask(number).plan) for number in range(12)}) == 2
 
 
 def test_nsga2_evolves_with_a_fresh_sampler_for_every_proposal() -> None:
@@ -176,7 +174,7 @@ def test_nsga2_evolves_with_a_fresh_sampler_for_every_proposal() -> None:
     run(study, 8)
     inherited = {(name, value) for anchor in anchors for name, value in anchor.params.items()}
     ratios = {ratio for name, value in inherited if name.startswith("keep/") for ratio in [1.0 - value]}
-    genes = [ratio in ratios for number in range(8, 16) for ratio in study.ask(number)[0].ratios.values()]
+    genes = [ratio in ratios for number in range(8, 16) for ratio in study.ask(number).plan.ratios.values()]
     assert sum(genes) > len(genes) / 2
 
     later = make("nsga2", seed=1, space=space, trials=40)
@@ -211,6 +209,69 @@ def test_tpe_prefers_feasible_trials() -> None:
         later = [result.retention >= 0.6 for result in results[32:]]
         shares[bool(constraints)] = sum(later) / len(later)
     assert shares[True] > shares[False] + 0.2
+
+
+# --- options of the agent
+
+OPTIONS = {"samples": OptionRange(32, 256, own=512), "iterations": OptionRange(2, 6, own=4)}
+
+
+def with_options(metrics: Sequence[str] = ("l2",)) -> SearchSpace:
+    return SearchSpace.build(GROUPS, metrics=metrics, max_ratio=0.98, trials=64, options=OPTIONS)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_options_are_proposed_within_their_bounds(sampler: str) -> None:
+    results = run(make(sampler, space=with_options(METRICS)), 14)
+    anchored = len(with_options(METRICS).anchors())
+    assert all(result.options == {"samples": 256, "iterations": 4} for result in results[:anchored])
+    for result in results:
+        assert list(result.options) == ["samples", "iterations"]
+        assert all(type(value) is int for value in result.options.values())
+        assert 32 <= result.options["samples"] <= 256
+        assert 2 <= result.options["iterations"] <= 6
+    assert len({result.options["samples"] for result in results[anchored:]}) > 1
+
+
+def test_options_are_drawn_uniformly_in_their_logarithm() -> None:
+    """Of [1, 100], random proposals lie at or below 10 about half the time, not a tenth of it."""
+    wide = {"samples": OptionRange(1, 100, own=1)}
+    space = SearchSpace.build(GROUPS, metrics=("l2",), max_ratio=0.98, trials=64, options=wide)
+    study = make("random", space=space, anchors=False)
+    small = [study.ask(number).options["samples"] <= 10 for number in range(200)]
+    assert 70 < sum(small) < 130
+
+
+def test_the_same_plan_with_other_options_is_another_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Group("a", ENCODER, 2, ())
+    few = {"passes": OptionRange(1, 9, own=1)}
+    space = SearchSpace.build((one,), metrics=("l2",), max_ratio=0.98, trials=6, options=few)
+
+    def decided() -> set[tuple[int, int]]:
+        study = make("random", space=space, anchors=False)
+        proposals = [study.ask(number) for number in range(6)]
+        return {(kept_count(2, p.plan.ratios["a"]), p.options["passes"]) for p in proposals}
+
+    assert len(decided()) == 6
+    monkeypatch.setattr(study_module, "PROPOSALS", 1)
+    assert len(decided()) < 6
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_replayed_study_remembers_options(sampler: str, tmp_path: Path) -> None:
+    whole, resumed = (make(sampler, space=with_options(), trials=40) for _ in range(2))
+    trials = 12 if sampler == "gp" else 20
+    results = run(whole, trials)
+    resumed.replay([TrialResult.from_record(result.to_record()) for result in results])
+    proposal, again = whole.ask(trials), resumed.ask(trials)
+    assert again.options == proposal.options
+    assert again.plan.ratios == pytest.approx(proposal.plan.ratios, abs=1e-3 if sampler == "gp" else 1e-12)
+
+
+def test_options_are_in_the_database(tmp_path: Path) -> None:
+    trial = told(tmp_path, lambda proposal: finish(1, proposal), space=with_options())
+    assert (trial.params["option/samples"], trial.params["option/iterations"]) == (256, 4)
+    assert trial.distributions["option/samples"] == optuna.distributions.IntDistribution(32, 256, log=True)
 
 
 # --- what is told
@@ -365,9 +426,11 @@ def test_a_replayed_study_goes_on_where_it_was(sampler: str) -> None:
     results = run(whole, trials)
     resumed.replay(reversed(results))
     for number in range(trials, trials + 2):
-        (plan, origin), (again, same) = whole.ask(number), resumed.ask(number)
-        assert origin == same
-        assert again.ratios == pytest.approx(plan.ratios, abs=1e-3 if sampler == "gp" else 1e-12)
+        proposal, again = whole.ask(number), resumed.ask(number)
+        assert again.origin == proposal.origin
+        assert again.plan.ratios == pytest.approx(
+            proposal.plan.ratios, abs=1e-3 if sampler == "gp" else 1e-12
+        )
 
 
 def test_replay_keeps_the_numbers_and_asks_for_what_is_missing(tmp_path: Path) -> None:
@@ -377,7 +440,7 @@ def test_replay_keeps_the_numbers_and_asks_for_what_is_missing(tmp_path: Path) -
     before.close()
     after = make(database=path)
     after.replay([result for result in results if result.number != 2])
-    assert after.ask(2)[1] == "anchor: uniform 75 %"
+    assert after.ask(2).origin == "anchor: uniform 75 %"
     with pytest.raises(ValueError, match="trial 5 was asked for before"):
         after.ask(5)
     with pytest.raises(ValueError, match="trial 5 was asked for before"):
@@ -391,13 +454,21 @@ def test_replay_keeps_the_numbers_and_asks_for_what_is_missing(tmp_path: Path) -
 def test_replayed_decisions_are_not_proposed_again() -> None:
     space = nine_decisions()
     first = make("random", space=space, anchors=False)
-    plans = [first.ask(number) for number in range(3)]
+    proposals = [first.ask(number) for number in range(3)]
     second = make("random", seed=5, space=space, anchors=False)
-    second.replay([finish_any(number, plan) for number, plan in enumerate(plans)])
-    new = {space.decision(second.ask(number)[0]) for number in range(3, 5)}
-    assert not new & {space.decision(plan) for plan, _ in plans}
+    second.replay([finish_any(number, proposal) for number, proposal in enumerate(proposals)])
+    new = {space.decision(second.ask(number).plan) for number in range(3, 5)}
+    assert not new & {space.decision(proposal.plan) for proposal in proposals}
 
 
 def finish_any(number: int, proposal: Proposal) -> TrialResult:
     objectives = {"parameters": 10.0 + number, "score": 0.5}
-    return TrialResult(number, "complete", *proposal, seed=0, objectives=objectives)
+    return TrialResult(
+        number,
+        "complete",
+        proposal.plan,
+        proposal.origin,
+        seed=0,
+        options=proposal.options,
+        objectives=objectives,
+    )

@@ -17,6 +17,7 @@ from search.trial import TrialResult, TrialSettings, TrialSpec, run_trial, trial
 
 METRICS = ("l2", "fisher")
 OBJECTIVES = ("parameters", "macs", "reconstruction_error")
+LATER = ("options", "fine_tuning", "repaired_by")  # what records did not always have
 HALF = PruningPlan({"l2": 1.0, "fisher": 1.0}, {"encoder.0": 0.5, "latent": 0.4, "decoder.0": 0.75})
 
 
@@ -175,6 +176,94 @@ def test_repair_and_fine_tuning_each_help(base):
     assert sliced.retention < repaired.retention < tuned.retention
 
 
+def without_fine_tuning(result: TrialResult) -> dict:
+    """The record of what was kept, without what tells of the way there."""
+    record = result.to_record()
+    volatile = ("timings", "started", "finished", "rungs", "fine_tuning", "repaired_by")
+    return {name: value for name, value in record.items() if name not in volatile}
+
+
+def test_fine_tuning_that_harms_leaves_the_reconstructed_agent(base):
+    repaired = run_trial(spec(fine_tune_updates=0), base)
+    harmed = run_trial(spec(), with_fault(base, "harm"))
+    assert (repaired.repaired_by, harmed.repaired_by) == ("reconstruction", "reconstruction")
+    assert without_fine_tuning(harmed) == without_fine_tuning(repaired)
+    for name, array in repaired.state.items():
+        np.testing.assert_array_equal(harmed.state[name], array)
+    assert [updates for updates, _ in harmed.rungs] == [0, 20]
+    assert harmed.rungs[0] == repaired.rungs[0]
+    assert harmed.rungs[1][1] > 50.0  # what the harm made of it is told all the same
+    agent = toy_agents.Toy({}, harmed.widths)
+    agent.load_states({"model": {name: torch.tensor(array) for name, array in harmed.state.items()}})
+    assert agent.evaluate("validation") == harmed.performance
+
+
+def test_fine_tuning_that_does_no_harm_is_kept(base):
+    tuned = run_trial(spec(), base)
+    assert tuned.repaired_by == "fine_tuning"
+    assert tuned.performance["reconstruction_error"] == tuned.rungs[1][1] < tuned.rungs[0][1]
+    same_as_before = run_trial(spec(fine_tune_method="nothing"), base)
+    assert same_as_before.rungs[0][1] == same_as_before.rungs[1][1]
+    assert same_as_before.repaired_by == "fine_tuning"
+
+
+def test_the_better_of_a_performance_to_maximize_is_the_higher():
+    base = train_base("toy_agents:Scoring", {}, seed=0, metrics=METRICS)
+    objectives = ("parameters", "score")
+    tuned = run_trial(spec(objectives=objectives), base)
+    assert tuned.repaired_by == "fine_tuning"
+    assert tuned.performance["score"] == tuned.rungs[1][1] > tuned.rungs[0][1]
+    harmed = run_trial(spec(objectives=objectives), with_fault(base, "harm"))
+    assert harmed.repaired_by == "reconstruction"
+    assert harmed.performance["score"] == harmed.rungs[0][1] > harmed.rungs[1][1]
+
+
+def test_the_split_is_measured_once_before_and_once_after_fine_tuning(base, monkeypatch):
+    measured = []
+    evaluate = toy_agents.Toy.evaluate
+
+    def spy(self, split):
+        measured.append(split)
+        return evaluate(self, split)
+
+    monkeypatch.setattr(toy_agents.Toy, "evaluate", spy)
+    for updates, fault, times in ((0, None, 1), (20, None, 2), (20, "harm", 2)):
+        measured.clear()
+        run_trial(spec(fine_tune_updates=updates), with_fault(base, fault))
+        assert measured == ["validation"] * times
+
+
+def test_a_student_learns_which_agent_it_was_pruned_from_and_how():
+    base = train_base("toy_agents:Taught", {}, seed=0, metrics=METRICS)
+    plan = PruningPlan(HALF.coefficients, {"encoder.0": 0.5, "latent": 0.4})  # decoder.0 keeps everything
+    result = run_trial(spec(plan), base)
+    assert result.complete, result.reason
+    expected = {group: float(sum(2**index for index in kept)) for group, kept in result.kept.items()}
+    assert expected["decoder.0"] == 2**12 - 1
+    assert result.fine_tuning == {**expected, "teacher": base.performance["validation"]}
+
+
+def test_a_trial_may_act_with_other_options_than_its_base():
+    base = train_base("toy_agents:Repeating", {}, seed=0, metrics=METRICS)
+    alone = spec(fine_tune_updates=0)
+    twice = run_trial(alone, base)
+    assert twice.options == {}
+    for passes in (1, 3):
+        result = run_trial(dataclasses.replace(alone, options={"passes": passes}), base)
+        assert result.options == {"passes": passes}
+        assert result.macs * 2 == twice.macs * passes
+        for name, array in twice.state.items():
+            np.testing.assert_array_equal(result.state[name], array)
+        agent = toy_agents.Repeating({"passes": passes}, result.widths)
+        agent.load_states({"model": {name: torch.tensor(array) for name, array in result.state.items()}})
+        error = agent.evaluate("validation")["reconstruction_error"]
+        assert result.performance == {"reconstruction_error": error} != twice.performance
+        assert result.retention == base.retention(error)
+    failed = run_trial(dataclasses.replace(alone, options={"passes": 10}), base)
+    assert failed.reason == "slice: UserError: agent.passes is 10: it must be at most 9"
+    assert failed.options == {"passes": 10}
+
+
 def test_gram_reconstruction_uses_the_grams_of_the_base():
     base = train_base("toy_agents:Toy", {}, seed=0, metrics=METRICS, reconstruction="gram")
     sliced = run_trial(spec(reconstruction="none", fine_tune_updates=0), base)
@@ -222,6 +311,7 @@ def test_a_trial_may_train_its_own_base_and_is_measured_against_it():
         ("raise", "fine_tune: RuntimeError: the toy was told to fail"),
         ("nan", "evaluate: NonFiniteError: reconstruction_error is nan"),
         ("inf", "evaluate: NonFiniteError: extra is inf"),
+        ("nan fact", "fine_tune: NonFiniteError: loss is nan"),
     ],
 )
 def test_a_fault_is_a_failed_result_with_its_stage_and_reason(base, fault, reason):
@@ -229,6 +319,7 @@ def test_a_fault_is_a_failed_result_with_its_stage_and_reason(base, fault, reaso
     assert result.status == "failed"
     assert result.reason == reason
     assert result.objectives == {}
+    assert (result.repaired_by, result.fine_tuning) == ("", {})
     assert result.parameters is None
     assert result.state is None
     assert result.timings
@@ -267,3 +358,14 @@ def test_records_come_back_exactly(base):
     assert back.measurement("size_ratio") == result.size_ratio
     assert back.measurement("reconstruction_error") == result.performance["reconstruction_error"]
     assert back.measurement("nothing") is None
+    changes = {"options": {"passes": 3}, "fine_tuning": {"loss": 0.1}, "repaired_by": "reconstruction"}
+    told = dataclasses.replace(result, **changes, state=None)
+    assert TrialResult.from_record(json.loads(json.dumps(told.to_record()))) == told
+
+
+def test_records_of_before_are_read(base):
+    result = run_trial(spec(), base)
+    record = {name: value for name, value in result.to_record().items() if name not in LATER}
+    assert len(record) == len(result.to_record()) - len(LATER)
+    unknown = {"options": {}, "fine_tuning": {}, "repaired_by": "", "state": None}
+    assert TrialResult.from_record(record) == dataclasses.replace(result, **unknown)

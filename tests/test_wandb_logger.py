@@ -96,6 +96,9 @@ def record(number: int, **changes: Any) -> dict[str, Any]:
         "ratios": {"encoder.0": 0.5, "latent": 0.75},
         "kept": {"encoder.0": [1, 2], "latent": [0]},
         "rungs": [[50, 0.5], [150, 0.125]],
+        "options": {"samples": 64},
+        "fine_tuning": {"held_out_loss": 0.5},
+        "repaired_by": "fine_tuning",
         "timings": {"prune": 0.01, "fine_tune": 0.5},
         "host": "somewhere",
         "started": "2026-01-01T00:00:00+00:00",
@@ -170,6 +173,7 @@ def test_a_trial_has_its_configuration_measurements_and_losses(logged: dict[str,
         "ratio/latent": 0.75,
         "coefficient/l2": 0.25,
         "coefficient/fisher": 0.75,
+        "option/samples": 64,
     }
     rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in run.history]
     measured = {

@@ -23,6 +23,7 @@ INPUTS = 6
 class Toy:
     """An autoencoder of six correlated inputs; the option `fault` makes pruned ones fail."""
 
+    defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
     performance: ClassVar[Objective] = Objective("reconstruction_error", "minimize", "mean squared error")
     fine_tune_methods: ClassVar[tuple[str, ...]] = ("supervised", "nothing")
     components: Mapping[str, Sequence[str]] = {"encoder": ["encoder"], "decoder": ["decoder"]}
@@ -36,9 +37,9 @@ class Toy:
         device: str = "cpu",
     ) -> None:
         for name in options:
-            if name not in DEFAULTS:
-                raise UserError(f"agent.{name} is not an option of the toy: {nearest(name, DEFAULTS)}")
-        self.options = {**DEFAULTS, **options}
+            if name not in self.defaults:
+                raise UserError(f"agent.{name} is not an option of the toy: {nearest(name, self.defaults)}")
+        self.options = {**self.defaults, **options}
         full = {
             "encoder.0": self.options["hidden"],
             "latent": self.options["latent"],
@@ -87,13 +88,19 @@ class Toy:
 
     def fine_tune(
         self, method: str, updates: int, seed: int, progress: Callable[[int, int, str], None]
-    ) -> None:
+    ) -> Mapping[str, float] | None:
         if self.pruned and self.options["fault"] == "raise":
             raise RuntimeError("the toy was told\nto fail")
         if self.pruned and self.options["fault"] == "exit":
             os._exit(1)
         if method == "supervised":
             self._descend(updates, seed, None, progress)
+        if self.pruned and self.options["fault"] == "harm":
+            with torch.no_grad():
+                self.model["decoder"][2].bias += 10.0
+        if self.pruned and self.options["fault"] == "nan fact":
+            return {"loss": float("nan")}
+        return None
 
     def evaluate(self, split: str) -> dict[str, float]:
         if self.pruned and self.options["fault"] == "nan":
@@ -156,6 +163,83 @@ class Untrainable(Toy):
         super()._descend(2, seed, tracker, progress)
         with torch.no_grad():
             self.model["decoder"][2].bias += 10.0
+
+
+class Scoring(Toy):
+    """The toy with its performance the other way round: higher is better."""
+
+    performance: ClassVar[Objective] = Objective("score", "maximize", "minus the mean squared error")
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        return {"score": -super().evaluate(split)["reconstruction_error"]}
+
+    def trivial(self, split: str) -> float:
+        return -super().trivial(split)
+
+
+class Taught(Toy):
+    """A student: tells of its fine-tuning how good its teacher is, and which channels it has of it."""
+
+    def learn_from(self, base: Any, kept: Mapping[str, Tensor]) -> None:
+        self.teacher, self.kept = base, kept
+
+    def fine_tune(
+        self, method: str, updates: int, seed: int, progress: Callable[[int, int, str], None]
+    ) -> Mapping[str, float]:
+        super().fine_tune(method, updates, seed, progress)
+        for indices in self.kept.values():
+            assert indices.dtype == torch.int64
+        channels = {group: float(sum(2.0**i for i in kept.tolist())) for group, kept in self.kept.items()}
+        return {**channels, "teacher": self.teacher.evaluate("validation")["reconstruction_error"]}
+
+
+class Gathering(Toy):
+    """Has the data that it is calibrated on by training alone, as agents in an environment do."""
+
+    def train(self, seed: int, tracker: Any, progress: Callable[[int, int, str], None]) -> None:
+        super().train(seed, tracker, progress)
+        self._data = {**self.data(), "gathered": self.data()["train"] + seed}
+
+    def calibration_inputs(self, rows: int, seed: int) -> dict[str, Tensor]:
+        if "gathered" not in self.data():
+            return {"observations": torch.zeros(rows, INPUTS)}
+        return {"observations": self.data()["gathered"][:rows]}
+
+
+class Rolling(Toy):
+    """Reconstructs its own reconstruction: its program calls every layer twice, that for calibration once."""
+
+    ties: Sequence[tuple[str, str]] = [("latent", "latent"), ("later", "latent")]
+
+    def program(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert len(inputs["observations"]) <= 2, "this program is for tracing"
+        first = super().program(model, inputs)
+        second = super().program(model, {"observations": first["reconstruction"]})
+        return {**first, "later": second["latent"], "again": second["reconstruction"]}
+
+    def calibration_program(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return super().program(model, inputs)
+
+    def act(self, inputs: Tensor) -> Tensor:
+        return self.calibration_program(self.model, {"observations": inputs})["reconstruction"]
+
+
+class Repeating(Toy):
+    """Acts by reconstructing so many times as the option `passes` says, which a search may choose."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {**DEFAULTS, "passes": 2}
+    searchable_options = ("passes",)
+    shared_ratios: Mapping[str, str] = {"decoder.0": "encoder.0"}
+
+    def __init__(self, options: Mapping[str, Any], *more: Any, **named: Any) -> None:
+        super().__init__(options, *more, **named)
+        if self.options["passes"] > 9:
+            raise UserError(f"agent.passes is {self.options['passes']}: it must be at most 9")
+
+    def act(self, inputs: Tensor) -> Tensor:
+        for _ in range(self.options["passes"]):
+            inputs = super().act(inputs)
+        return inputs
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

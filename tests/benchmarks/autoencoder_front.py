@@ -58,7 +58,7 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
     import torch
 
     torch.set_num_threads(1)
-    from agents.agent import agent_class
+    from agents.agent import agent_class, shared_ratios
     from components.mixing import PruningPlan
     from search.arrays import to_tensors
     from search.base import train_base
@@ -105,6 +105,7 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
             coefficients=pruning.coefficients,
             trials=points,
             force=pruning.coefficients_force,
+            shared=shared_ratios(dense.agent),
         )
         study = Study(
             space, objectives, config.search.sampler, seed, config.search.constraints, trials=points
@@ -112,8 +113,8 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
         found = []
         for number in range(points):
             with deterministic(seed, 1):
-                plan, origin = study.ask(number)
-            result = run_trial(TrialSpec(number, plan, origin, trial_seed(seed, number), settings), base)
+                proposal = study.ask(number)
+            result = run_trial(TrialSpec.of(number, proposal, trial_seed(seed, number), settings), base)
             study.tell(result)
             found.append(point(result))
         study.close()

@@ -113,8 +113,8 @@ def our_times(trials: int, workers: int) -> list[float]:
         outcome = run_search(
             range(trials),
             study=study,
-            make_spec=lambda number, plan, origin: TrialSpec(
-                number, plan, origin, trial_seed(0, number), SETTINGS
+            make_spec=lambda number, proposal: TrialSpec.of(
+                number, proposal, trial_seed(0, number), SETTINGS
             ),
             run_trial=empty_trial,
             base={"model": np.zeros(1_000_000, np.float32)},

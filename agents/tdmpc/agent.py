@@ -1,0 +1,459 @@
+"""The `tdmpc` agent: a world model that is trained on a control task and acts by planning in its latent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from agents.agent import UNTRACKED, Objective, Progress, Split, Tracker
+from agents.environments import EnvironmentSpec, Trajectory
+from agents.options import parse_options
+from agents.tdmpc.config import TDMPCOptions
+from agents.tdmpc.distillation import Distillation, Lessons, Sequences, draw_sequences, label
+from agents.tdmpc.episodes import Episodes, Returns, episode_seeds, episodes_of
+from agents.tdmpc.learning import Learner, UpdateNoise
+from agents.tdmpc.planner import PlanMemory, Planner
+from agents.tdmpc.replay_buffer import ReplayBuffer
+from agents.tdmpc.training import Training, frames, image_side, planner_settings
+from agents.tdmpc.world_model import WorldModel, dense_widths
+from agents.widths import complete
+from components.errors import UserError, nearest
+
+EXAMPLES = 64
+"""Observations of a random episode that stand for the inputs of `act`."""
+
+BFLOAT16_WIDTH = 64
+"""Width of the hidden layers from which bfloat16 products are faster than float32 ones, conversions included."""
+
+
+class TDMPC:
+    """TD-MPC after Hansen, Wang and Su (2022): see `agents.agent.Agent` for what its members promise.
+
+    Its states are `model`, `target` (encoder and Q functions) and Adam's moments, `adam_mean` and
+    `adam_square`.
+    """
+
+    performance: ClassVar[Objective] = Objective("return", "maximize", "reward per episode")
+    fine_tune_methods: ClassVar[tuple[str, ...]] = ("distill", "td", "distill_td")
+    searchable_options: ClassVar[tuple[str, ...]] = ("samples", "iterations", "horizon")
+    components: Mapping[str, Sequence[str]] = {
+        name: (name,) for name in ("encoder", "dynamics", "reward", "q1", "q2", "policy")
+    }
+    ties: Sequence[tuple[str, str]] = (("next_latent", "latent"), ("latent_after", "latent"))
+    shared_ratios: Mapping[str, str] = {"q2.0": "q1.0", "q2.3": "q1.3"}
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        widths: Mapping[str, int] | None = None,
+        data: Mapping[str, Tensor] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self._options = parse_options(TDMPCOptions, options, "TD-MPC agent")
+        self.options: Mapping[str, Any] = self._options.model_dump(mode="json")
+        self.device = torch.device(device)
+        self.widths: Mapping[str, int] = complete(widths, dense_widths(self._options), "TD-MPC agent")
+        self.model: nn.Module = self._new_model(seed=0)
+        self._target: dict[str, Tensor] | None = None
+        self._moments: dict[str, dict[str, Tensor]] | None = None
+        self._data = None if data is None else {name: rows.to(self.device) for name, rows in data.items()}
+        self._planner: tuple[tuple[int, ...], Planner] | None = None
+        self._base: TDMPC | None = None
+        self._kept_latent: Tensor | None = None
+
+    # --- the model and its data --------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> EnvironmentSpec:
+        """Of the task."""
+        return self._episodes.spec
+
+    def data(self) -> dict[str, Tensor]:
+        """`examples`, observations of a random episode, and once trained `replay.*`, part of the experience."""
+        if self._data is None:
+            seed = episode_seeds("test", 0, 1)
+            observations = torch.as_tensor(self._episodes.play_randomly(seed)[0].observations)
+            picked = torch.linspace(0, len(observations) - 1, EXAMPLES).round().long()
+            self._data = {"examples": observations[picked].to(self.device)}
+        return dict(self._data)
+
+    def program(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encode `observations`, roll the dynamics out two decisions, and call every head on the way."""
+        world, action = _world(model), inputs["actions"].to(self.device)
+        latent = world.encode(inputs["observations"].to(self.device))
+        next_latent = world.next_latent(latent, action)
+        return {
+            **self._heads(world, latent, action),
+            "latent": latent,
+            "next_latent": next_latent,
+            **{f"{name}_after": made for name, made in self._heads(world, next_latent, action).items()},
+            "latent_after": world.next_latent(next_latent, action),
+        }
+
+    def calibration_program(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`program` without the roll-out: every layer is called once, on latents that the encoder made."""
+        world, action = _world(model), inputs["actions"].to(self.device)
+        latent = world.encode(inputs["observations"].to(self.device))
+        heads = self._heads(world, latent, action)
+        return {**heads, "latent": latent, "next_latent": world.next_latent(latent, action)}
+
+    @staticmethod
+    def _heads(world: WorldModel, latent: Tensor, action: Tensor) -> dict[str, Tensor]:
+        q1, q2 = world.q_values(latent, action)
+        policy = world.policy_mean(latent)
+        return {"reward": world.reward_of(latent, action), "q1": q1, "q2": q2, "policy": policy}
+
+    def calibration_inputs(self, rows: int, seed: int) -> dict[str, Tensor]:
+        """`observations` of the training and `actions`, half of them as played, half random.
+
+        Before the training both are random: enough to trace with.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        if not self._has_experience:
+            examples = self.data()["examples"]
+            picked = examples[torch.arange(rows, device=examples.device) % len(examples)]
+            actions = 2 * torch.rand(rows, self.spec.action_size, generator=generator) - 1
+            return {"observations": picked, "actions": actions.to(self.device)}
+        sequences = draw_sequences(self._replay, rows, 1, generator)
+        return {"observations": sequences.observations, "actions": sequences.actions[0]}
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """`model` and, once trained, `target`, `adam_mean` and `adam_square`."""
+        sections: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict()}
+        if self._target is not None and self._moments is not None:
+            sections |= {"target": self._target, **self._moments}
+        return {
+            section: {name: tensor.detach().clone() for name, tensor in state.items()}
+            for section, state in sections.items()
+        }
+
+    def load_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over `model` and, where given, the target and the moments."""
+        self.model.load_state_dict(dict(states["model"]))
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        for section in ("target", "adam_mean", "adam_square"):
+            for name, tensor in states.get(section, {}).items():
+                if shapes.get(name) != tensor.shape:
+                    raise UserError(
+                        f"{section} {name!r} of shape {tuple(tensor.shape)} does not fit the model"
+                    )
+        whole = {"target", "adam_mean", "adam_square"} <= set(states)
+        self._target = _copied(states["target"], self.device) if whole else None
+        self._moments = (
+            {name: _copied(states[name], self.device) for name in ("adam_mean", "adam_square")}
+            if whole
+            else None
+        )
+
+    # --- learning ----------------------------------------------------------------------------------------
+
+    def train(self, seed: int, tracker: Tracker | None, progress: Progress) -> None:
+        """Play and learn for `steps` environment steps, from new random weights."""
+        training = self.start_training(seed)
+        while not training.done:
+            training.run_episode(tracker or UNTRACKED)
+            steps = training.decisions * self.spec.action_repeat
+            note = f"return {training.latest_return:.1f}"
+            progress(min(steps, self._options.steps), self._options.steps, note)
+        self.finish_training(training)
+
+    def start_training(self, seed: int) -> Training:
+        """A training of this agent's model from new random weights; for checkpoints along the way."""
+        self.model.load_state_dict(self._new_model(seed).state_dict())
+        world = _world(self.model)
+        return Training(world, self._options, self._episodes, seed, self.device, self._precision)
+
+    def finish_training(self, training: Training) -> None:
+        """Take over what a training of this agent's model has learnt and seen."""
+        self.model.zero_grad(set_to_none=True)
+        self.model.eval()
+        self._target = _copied(training.learner.target, self.device)
+        self._moments = training.learner.moments()
+        replay = training.buffer.thinned(self._options.stored_decisions).to_tensors()
+        examples = {"examples": self.data()["examples"]}
+        self._data = {**examples, **{f"replay.{name}": tensor for name, tensor in replay.items()}}
+        self.__dict__.pop("_replay", None)
+        self.__dict__.pop("lessons", None)
+
+    def learn_from(self, base: Any, kept: Mapping[str, Tensor]) -> None:
+        """Which trained dense agent this one was pruned from, for distillation, and what it kept of it."""
+        if not isinstance(base, TDMPC):
+            raise UserError(f"a TD-MPC agent cannot learn from a {type(base).__name__}")
+        self._base, self._kept_latent = base, kept["latent"]
+
+    def fine_tune(self, method: str, updates: int, seed: int, progress: Progress) -> dict[str, float]:
+        """Train on from the present weights.
+
+        Args:
+            method: `distill` learns to compute what the base computes, `td` goes on with the stored experience,
+                `distill_td` makes an update of either kind in turn.
+            updates: gradient updates of each.
+            seed: of everything random.
+            progress: is told how far it is.
+
+        Returns:
+            `on_policy_episodes` and `environment_steps` that it took, and the `held_out_loss` of the
+            distillation before (`_before`) and after; lower is better.
+
+        Raises:
+            UserError: no such method, or nothing to learn from.
+        """
+        if method not in self.fine_tune_methods:
+            known = nearest(method, self.fine_tune_methods)
+            raise UserError(f"the TD-MPC agent has no fine-tuning method {method!r}: {known}")
+        if not self._has_experience:
+            raise UserError("the TD-MPC agent has no stored experience to fine-tune on: train it first")
+        facts: dict[str, float] = {}
+        if updates == 0:
+            return facts
+        distillation = self._distillation(updates, seed) if method != "td" else None
+        learner = self._learner() if method != "distill" else None
+        if distillation is not None:
+            facts["held_out_loss_before"] = distillation.held_out_loss()
+        generator = torch.Generator(self.device).manual_seed(seed)
+        self.model.train()
+        try:
+            for step in range(updates):
+                if distillation is not None:
+                    if step == updates // 3 and self._options.on_policy_episodes:
+                        facts |= self._visit(distillation, seed)
+                    loss = distillation.step()
+                if learner is not None:
+                    loss = self._td_update(learner, step, generator)
+                if (step + 1) % 50 == 0 or step + 1 == updates:
+                    progress(step + 1, updates, f"loss {float(loss):.4g}")
+        finally:
+            self.model.eval()
+            self.model.zero_grad(set_to_none=True)
+        if distillation is not None:
+            facts["held_out_loss"] = distillation.held_out_loss()
+        if learner is not None:
+            self._target, self._moments = _copied(learner.target, self.device), learner.moments()
+        else:
+            self._target = self._moments = None
+        return facts
+
+    @cached_property
+    def lessons(self) -> Lessons:
+        """What this agent, as a base, teaches every agent that is pruned from it; computed once."""
+        chosen = self._options
+        generator = torch.Generator().manual_seed(0)
+        sequences = draw_sequences(self._replay, chosen.distillation_sequences, chosen.horizon, generator)
+        return label(_world(self.model), sequences)
+
+    def _distillation(self, updates: int, seed: int) -> Distillation:
+        if self._base is None or self._kept_latent is None:
+            raise UserError(
+                "distillation needs the base that the agent was pruned from: call learn_from first, "
+                "or fine-tune with 'td'"
+            )
+        return Distillation(
+            _world(self.model),
+            self._base.lessons,
+            self._kept_latent.to(self.device),
+            updates=updates,
+            batch_size=self._options.distillation_batch_size,
+            learning_rate=self._options.distillation_learning_rate,
+            seed=seed,
+        )
+
+    def _visit(self, distillation: Distillation, seed: int) -> dict[str, float]:
+        """Play some episodes and add them, labelled by the base: what this agent, not the base, runs into."""
+        assert self._base is not None
+        self.model.eval()
+        seeds = episode_seeds("on_policy", seed, self._options.on_policy_episodes)
+        played = self._episodes.play(seeds, self.act, self.device)
+        buffer = ReplayBuffer(
+            self.spec.observation_shape, self.spec.action_size, frames=1, device=self.device
+        )
+        for trajectory in played:
+            buffer.add(trajectory.observations, trajectory.actions, trajectory.rewards, terminated=False)
+        horizon = self._options.horizon
+        places = buffer.places(min(horizon, max(len(t.actions) for t in played)))
+        times = torch.arange(horizon, device=places.device).unsqueeze(1) + places
+        sequences = Sequences(buffer.observations(places), buffer.actions(times))
+        distillation.add_visited(label(_world(self._base.model), sequences))
+        self.model.train()
+        decisions = sum(len(trajectory.actions) for trajectory in played)
+        return {
+            "on_policy_episodes": float(len(played)),
+            "environment_steps": float(decisions * self.spec.action_repeat),
+        }
+
+    def _learner(self) -> Learner:
+        return Learner(
+            _world(self.model), self._options, target=self._target, moments=self._moments, adam_steps=None
+        )
+
+    def _td_update(self, learner: Learner, number: int, generator: torch.Generator) -> Tensor:
+        chosen = self._options
+        batch = self._replay.sample(
+            chosen.batch_size,
+            chosen.horizon,
+            generator,
+            priority_exponent=0.0,  # priorities are the training's, and this must not change them
+            importance_exponent=0.0,
+        )
+        noise = UpdateNoise.draw(batch, generator, image_side(chosen))
+        return learner.update(batch, noise, number).value
+
+    # --- measuring and acting ----------------------------------------------------------------------------
+
+    def evaluate(self, split: Split, *, policy_only: bool = False) -> dict[str, float]:
+        """The mean return of episodes with fixed seeds, the same for every agent of the task.
+
+        Args:
+            split: `validation` or `test`: different seeds.
+            policy_only: act by the policy's mean alone, without planning; the names begin with `policy_only_`.
+
+        Returns:
+            `return`, its `return_standard_error`, and `worst_return`, of one episode.
+        """
+        act = self._act_by_policy if policy_only else self.act
+        returns = Returns.of(self._episodes.play(self._seeds(split), act, self.device))
+        prefix = "policy_only_" if policy_only else ""
+        return {
+            f"{prefix}return": returns.mean,
+            f"{prefix}return_standard_error": returns.standard_error,
+            f"{prefix}worst_return": returns.worst,
+        }
+
+    def trivial(self, split: Split) -> float:
+        """The mean return of random actions."""
+        return Returns.of(self._episodes.play_randomly(self._seeds(split))).mean
+
+    def play(self, seeds: Sequence[int], *, policy_only: bool = False) -> list[Trajectory]:
+        """Whole episodes, for looking at."""
+        return self._episodes.play(seeds, self._act_by_policy if policy_only else self.act, self.device)
+
+    def act(self, inputs: Tensor, memory: PlanMemory | None = None) -> Tensor:
+        """Planned actions `(n, actions)` in [-1, 1] for observations `(n, ...)`.
+
+        Args:
+            inputs: one observation for every episode.
+            memory: of these episodes, from `remember`; planning then goes on from the decision before. None
+                plans as at the start of an episode, with the same noise for every row and every call.
+        """
+        if memory is None:
+            generator = torch.Generator(self.device).manual_seed(0)
+            state = generator.get_state()
+            generators = [torch.Generator(self.device) for _ in range(len(inputs))]
+            for each in generators:
+                each.set_state(state)
+            memory = PlanMemory(generators)
+        return self._current_planner().plan(inputs.to(self.device), memory).clone()
+
+    def remember(self, episodes: int = 1, seed: int = 0) -> PlanMemory:
+        """What `act` takes along through a number of episodes that begin now."""
+        return PlanMemory.start(episode_seeds("on_policy", seed, episodes), self.device)
+
+    def _act_by_policy(self, inputs: Tensor, memory: PlanMemory) -> Tensor:
+        with torch.no_grad():
+            world = _world(self.model)
+            return world.policy_mean(world.encode(inputs.to(self.device)))
+
+    def example_inputs(self, count: int) -> Tensor:
+        """Observations of a random episode, from the beginning again where there are not so many."""
+        examples = self.data()["examples"]
+        return examples[torch.arange(count, device=examples.device) % len(examples)]
+
+    def contract(self) -> dict[str, Any]:
+        """One observation in, one action in [-1, 1] out, with the bounds that the environment gives it."""
+        spec = self.spec
+        kind = "uint8" if self._options.observation == "pixels" else "float32"
+        pixels = [0, 255] if self._options.observation == "pixels" else None
+        return {
+            "inputs": [
+                {
+                    "name": "observation",
+                    "shape": list(spec.observation_shape),
+                    "dtype": kind,
+                    "range": pixels,
+                    "names": list(spec.observation_names),
+                }
+            ],
+            "outputs": [
+                {
+                    "name": "action",
+                    "shape": [spec.action_size],
+                    "dtype": "float32",
+                    "range": [-1.0, 1.0],
+                    "low": list(spec.action_low),
+                    "high": list(spec.action_high),
+                }
+            ],
+            "control_step_s": spec.control_step_s,
+        }
+
+    # --- parts -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _episodes(self) -> Episodes:
+        return episodes_of(self._options)
+
+    @property
+    def _has_experience(self) -> bool:
+        return "replay.rewards" in self.data()
+
+    @cached_property
+    def _replay(self) -> ReplayBuffer:
+        tensors = {
+            name.removeprefix("replay."): rows for name, rows in self.data().items() if name != "examples"
+        }
+        shape = self.spec.observation_shape
+        return ReplayBuffer.from_tensors(tensors, shape, frames=frames(self._options), device=self.device)
+
+    @property
+    def _precision(self) -> torch.dtype | None:
+        """Of the planner's hidden layers."""
+        chosen = self._options.precision
+        if chosen == "auto":
+            hidden = [
+                size for name, size in self.widths.items() if name.startswith(("dynamics", "reward", "q"))
+            ]
+            wide = min(hidden) >= BFLOAT16_WIDTH
+            return torch.bfloat16 if wide and self.device.type == "cpu" and _has_amx() else None
+        return torch.bfloat16 if chosen == "bfloat16" else None
+
+    def _seeds(self, split: Split) -> list[int]:
+        chosen = self._options
+        return episode_seeds(
+            split, 0, chosen.validation_episodes if split == "validation" else chosen.test_episodes
+        )
+
+    def _current_planner(self) -> Planner:
+        """A planner with the present weights; their version counters tell whether it still has them."""
+        versions = tuple(p._version for p in self.model.parameters())
+        if self._planner is None or self._planner[0] != versions:
+            # After the training: with the horizon and the deviations that its schedules end with.
+            decisions = -(-self._options.steps // self.spec.action_repeat)
+            settings = planner_settings(self._options, decisions)
+            self._planner = versions, Planner(_world(self.model), settings, self._precision)
+        return self._planner[1]
+
+    def _new_model(self, seed: int) -> WorldModel:
+        """New networks with weights from this seed; the global generator stays as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            spec = self.spec
+            model = WorldModel(self.widths, spec.observation_shape, spec.action_size)
+        return model.to(self.device).eval()
+
+
+def _world(model: nn.Module) -> WorldModel:
+    assert isinstance(model, WorldModel)
+    return model
+
+
+def _copied(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.detach().to(device, copy=True) for name, tensor in state.items()}
+
+
+def _has_amx() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 in hardware."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())

@@ -1,0 +1,212 @@
+"""Repair of a pruned world model by distillation: it learns to compute what the dense one computes.
+
+Over subtrajectories that both roll out from the same observation with the same actions, the student's latents
+are regressed on the base's kept latent coordinates, and its rewards, Q values and policy means on the base's.
+Every term is divided by the variance of its target: raw, they differ by four orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from agents.tdmpc.replay_buffer import ReplayBuffer
+from agents.tdmpc.world_model import WorldModel
+
+HELD_OUT = 8
+"""One in so many subtrajectories is held out of the training."""
+
+BETAS = (0.9, 0.95)
+"""Decay of Adam's moments; the second is short, because gradients shrink fast in a few hundred updates."""
+
+ON_POLICY_SHARE = 0.25
+"""Of every batch, once there are episodes that the student played itself."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What both models roll out: `(n, ...)` observations and `(horizon, n, actions)` actions."""
+
+    observations: Tensor
+    actions: Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the base makes of sequences; time first.
+
+    Attributes:
+        latents: `(horizon + 1, n, latent)`.
+        rewards, q1, q2: `(horizon, n)`.
+        policy: `(horizon + 1, n, actions)`.
+    """
+
+    latents: Tensor
+    rewards: Tensor
+    q1: Tensor
+    q2: Tensor
+    policy: Tensor
+
+    def rows(self, chosen: Tensor) -> Targets:
+        """Those of some of the sequences."""
+        return Targets(*(getattr(self, field.name)[:, chosen] for field in fields(self)))
+
+    def coordinates(self, kept: Tensor) -> Targets:
+        """With some of the latent's coordinates only."""
+        return Targets(self.latents[..., kept], self.rewards, self.q1, self.q2, self.policy)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Sequences with what the base makes of them."""
+
+    sequences: Sequences
+    targets: Targets
+
+
+def draw_sequences(buffer: ReplayBuffer, count: int, horizon: int, generator: torch.Generator) -> Sequences:
+    """Subtrajectories from all over the buffer; every other one with random actions instead of those played."""
+    begins = buffer.places(horizon)
+    picks = torch.randint(len(begins), (count,), generator=generator, device=generator.device)
+    places = begins[picks.to(begins.device)]
+    times = torch.arange(horizon, device=places.device).unsqueeze(1) + places
+    played = buffer.actions(times)
+    uniform = 2 * torch.rand(played.shape, generator=generator, device=generator.device).to(played.device) - 1
+    is_random = (torch.arange(count, device=places.device) % 2 == 1).view(1, -1, 1)
+    return Sequences(buffer.observations(places), torch.where(is_random, uniform, played))
+
+
+def outputs(model: WorldModel, sequences: Sequences) -> Targets:
+    """Everything that a model makes of sequences, rolled out in its own latent."""
+    latents = [model.encode(sequences.observations)]
+    for actions in sequences.actions:
+        latents.append(model.next_latent(latents[-1], actions))
+    rolled = torch.stack(latents)
+    both = torch.cat([rolled[:-1], sequences.actions], dim=2)
+    return Targets(
+        latents=rolled,
+        rewards=model.reward(both).squeeze(2),
+        q1=model.q1(both).squeeze(2),
+        q2=model.q2(both).squeeze(2),
+        policy=model.policy_mean(rolled),
+    )
+
+
+@torch.no_grad()
+def label(base: WorldModel, sequences: Sequences) -> Lessons:
+    """Sequences with what the base makes of them."""
+    return Lessons(sequences, outputs(base, sequences))
+
+
+def joined(lessons: Iterable[Lessons]) -> Lessons:
+    """All sequences of several lessons, in their order."""
+    parts = list(lessons)
+    return Lessons(
+        Sequences(
+            torch.cat([part.sequences.observations for part in parts]),
+            torch.cat([part.sequences.actions for part in parts], dim=1),
+        ),
+        Targets(
+            *(
+                torch.cat([getattr(part.targets, field.name) for part in parts], dim=1)
+                for field in fields(Targets)
+            )
+        ),
+    )
+
+
+class Distillation:
+    """Distils a base into a student, in place.
+
+    Args:
+        student: the pruned model.
+        lessons: from the base; every eighth sequence is held out.
+        kept: indices of the base's latent coordinates that the student kept.
+        updates: how many there will be in all.
+        batch_size: sequences per update.
+        learning_rate: at the first update; it falls to 0 along a half cosine.
+        seed: of the order of the batches.
+    """
+
+    def __init__(
+        self,
+        student: WorldModel,
+        lessons: Lessons,
+        kept: Tensor,
+        *,
+        updates: int,
+        batch_size: int,
+        learning_rate: float,
+        seed: int,
+    ) -> None:
+        self._student = student
+        self._kept = kept
+        self._updates, self._batch_size, self._rate = updates, batch_size, learning_rate
+        self._generator = torch.Generator().manual_seed(seed)
+        self._optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate, betas=BETAS, fused=True)
+        count = lessons.sequences.actions.shape[1]
+        is_held_out = torch.arange(count) // 2 % HELD_OUT == HELD_OUT - 1  # pairs: one random, one played
+        if bool(is_held_out.all()) or not bool(is_held_out.any()):
+            is_held_out = torch.arange(count) == count - 1
+        self._taught = (~is_held_out).nonzero().flatten()
+        self._examined = is_held_out.nonzero().flatten()
+        self._visited = torch.empty(0, dtype=torch.int64)
+        targets = lessons.targets.coordinates(kept)
+        self._variances = tuple(
+            float(t.flatten(0, 1).var(dim=0, correction=0).sum()) or 1.0
+            for t in (targets.latents, targets.rewards.unsqueeze(2), targets.q1.unsqueeze(2), targets.policy)
+        )
+        self._sequences, self._targets = lessons.sequences, targets
+        self._done = 0
+
+    def add_visited(self, lessons: Lessons) -> None:
+        """Add what the student visited itself, labelled by the base."""
+        before = self._sequences.actions.shape[1]
+        added = Lessons(lessons.sequences, lessons.targets.coordinates(self._kept))
+        together = joined([Lessons(self._sequences, self._targets), added])
+        self._sequences, self._targets = together.sequences, together.targets
+        self._visited = torch.arange(before, before + lessons.sequences.actions.shape[1])
+
+    def step(self) -> Tensor:
+        """One update; returns the loss, the sum of the four normalised terms."""
+        rate = 0.5 * self._rate * (1.0 + math.cos(math.pi * self._done / self._updates))
+        self._optimizer.param_groups[0]["lr"] = rate
+        chosen = self._pick()
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(chosen)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._student.parameters(), 10.0)
+        self._optimizer.step()
+        increment_version(list(self._student.parameters()))  # fused Adam does not
+        self._done += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The loss on the sequences that are held out; lower is better, 0 is the base itself."""
+        return float(self._loss(self._examined))
+
+    def _pick(self) -> Tensor:
+        visited = round(self._batch_size * ON_POLICY_SHARE) if len(self._visited) else 0
+        parts = [(self._taught, self._batch_size - visited), (self._visited, visited)]
+        picked = [
+            pool[torch.randint(len(pool), (count,), generator=self._generator)]
+            for pool, count in parts
+            if count
+        ]
+        return torch.cat(picked).to(self._targets.rewards.device)
+
+    def _loss(self, chosen: Tensor) -> Tensor:
+        sequences = Sequences(self._sequences.observations[chosen], self._sequences.actions[:, chosen])
+        made, wanted = outputs(self._student, sequences), self._targets.rows(chosen)
+        of_latents, of_rewards, of_q, of_policy = self._variances
+        latents = (made.latents - wanted.latents).square().sum(2).mean() / of_latents
+        rewards = (made.rewards - wanted.rewards).square().mean() / of_rewards
+        q = ((made.q1 - wanted.q1).square().mean() + (made.q2 - wanted.q2).square().mean()) / (2 * of_q)
+        policy = (made.policy - wanted.policy).square().sum(2).mean() / of_policy
+        return latents + rewards + q + policy
