@@ -13,9 +13,20 @@ class UserError(ValueError):
     """
 
 
+LONGEST_LIST = 50
+"""Of more names than these, only the nearest few are listed."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Half a sentence for an unknown name: the nearest allowed one, if any is close, and all of them."""
+    """Half a sentence for an unknown name: the nearest allowed one, if any is close, and all of them.
+
+    Where there are very many, the five nearest.
+    """
     options = sorted(allowed)
+    if len(options) > LONGEST_LIST:
+        close = difflib.get_close_matches(name, options, n=5, cutoff=0.5)
+        few = ", ".join(repr(option) for option in close or options[:5])
+        return f"did you mean one of {few}?" if close else f"allowed: {few} and {len(options) - 5} others"
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}allowed: {', '.join(options)}"

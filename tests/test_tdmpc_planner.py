@@ -111,10 +111,23 @@ def test_blocks_change_nothing(widths, monkeypatch):
 
 
 def test_a_value_that_is_no_number_counts_as_zero():
-    model = world(EVEN)
+    """Where the sum of an action is large, two hidden units overflow, and the next layer subtracts them."""
+    model, chosen = world(EVEN), settings()
     with torch.no_grad():
-        model.reward[-1].bias.fill_(float("nan"))
-    assert_equal_plans(model, settings())
+        for head in (model.reward, model.q1, model.q2):
+            head[-1].weight.mul_(0.02)
+            head[-1].bias.fill_(0.1)  # zero is less than all other values, one is more
+        model.reward[0].weight[:2] = 0.0
+        model.reward[0].weight[:2, -ACTION:] = 1.5e308
+        model.reward[0].bias[:2] = 0.0
+        model.reward[2].weight[:, :2] = 0.0
+        model.reward[2].weight[0] = 0.0
+        model.reward[2].weight[0, :2] = torch.tensor([1.0, -1.0])
+        model.reward[2].bias[0] = 0.0
+        rewards = model.reward(normal(99, EVEN["latent"] + ACTION, seed=4).clamp(-1, 1))
+        assert 0 < rewards.isnan().double().mean() < 0.5
+        assert ((rewards > 0) | rewards.isnan()).all()
+    assert_equal_plans(model, chosen)
 
 
 def test_the_choice_follows_the_weights_of_the_elites():

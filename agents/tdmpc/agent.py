@@ -14,7 +14,7 @@ from agents.environments import EnvironmentSpec, Trajectory
 from agents.options import parse_options
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.distillation import Distillation, Lessons, Sequences, draw_sequences, label
-from agents.tdmpc.episodes import Episodes, Returns, episode_seeds, episodes_of
+from agents.tdmpc.episodes import Act, Episodes, Returns, episode_seeds, episodes_of
 from agents.tdmpc.learning import Learner, UpdateNoise
 from agents.tdmpc.planner import PlanMemory, Planner
 from agents.tdmpc.replay_buffer import ReplayBuffer
@@ -27,7 +27,7 @@ EXAMPLES = 64
 """Observations of a random episode that stand for the inputs of `act`."""
 
 BFLOAT16_WIDTH = 64
-"""Width of the hidden layers from which bfloat16 products are faster than float32 ones, conversions included."""
+"""Width of hidden layers from which bfloat16 products, conversions included, are the faster ones."""
 
 
 class TDMPC:
@@ -73,7 +73,7 @@ class TDMPC:
         return self._episodes.spec
 
     def data(self) -> dict[str, Tensor]:
-        """`examples`, observations of a random episode, and once trained `replay.*`, part of the experience."""
+        """`examples`, observations of a random episode, and once trained `replay.*`, its experience."""
         if self._data is None:
             seed = episode_seeds("test", 0, 1)
             observations = torch.as_tensor(self._episodes.play_randomly(seed)[0].observations)
@@ -134,6 +134,7 @@ class TDMPC:
     def load_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over `model` and, where given, the target and the moments."""
         self.model.load_state_dict(dict(states["model"]))
+        self.__dict__.pop("lessons", None)
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         for section in ("target", "adam_mean", "adam_square"):
             for name, tensor in states.get(section, {}).items():
@@ -189,8 +190,8 @@ class TDMPC:
         """Train on from the present weights.
 
         Args:
-            method: `distill` learns to compute what the base computes, `td` goes on with the stored experience,
-                `distill_td` makes an update of either kind in turn.
+            method: `distill` learns to compute what the base computes, `td` goes on with the stored
+                experience, `distill_td` makes an update of either kind in turn.
             updates: gradient updates of each.
             seed: of everything random.
             progress: is told how far it is.
@@ -272,7 +273,7 @@ class TDMPC:
         )
         for trajectory in played:
             buffer.add(trajectory.observations, trajectory.actions, trajectory.rewards, terminated=False)
-        horizon = self._options.horizon
+        horizon = len(self._base.lessons.sequences.actions)  # the base's: a student may plan over another
         places = buffer.places(min(horizon, max(len(t.actions) for t in played)))
         times = torch.arange(horizon, device=places.device).unsqueeze(1) + places
         sequences = Sequences(buffer.observations(places), buffer.actions(times))
@@ -308,13 +309,13 @@ class TDMPC:
 
         Args:
             split: `validation` or `test`: different seeds.
-            policy_only: act by the policy's mean alone, without planning; the names begin with `policy_only_`.
+            policy_only: act by the policy's mean, without planning; the names begin with `policy_only_`.
 
         Returns:
             `return`, its `return_standard_error`, and `worst_return`, of one episode.
         """
         act = self._act_by_policy if policy_only else self.act
-        returns = Returns.of(self._episodes.play(self._seeds(split), act, self.device))
+        returns = Returns.of(self._episodes.play(self.evaluation_seeds(split), act, self.device))
         prefix = "policy_only_" if policy_only else ""
         return {
             f"{prefix}return": returns.mean,
@@ -324,11 +325,23 @@ class TDMPC:
 
     def trivial(self, split: Split) -> float:
         """The mean return of random actions."""
-        return Returns.of(self._episodes.play_randomly(self._seeds(split))).mean
+        return Returns.of(self._episodes.play_randomly(self.evaluation_seeds(split))).mean
 
-    def play(self, seeds: Sequence[int], *, policy_only: bool = False) -> list[Trajectory]:
-        """Whole episodes, for looking at."""
-        return self._episodes.play(seeds, self._act_by_policy if policy_only else self.act, self.device)
+    def evaluation_seeds(self, split: Split) -> list[int]:
+        """Of the episodes that `evaluate` plays; the same for every agent with these options."""
+        chosen = self._options
+        return episode_seeds(
+            split, 0, chosen.validation_episodes if split == "validation" else chosen.test_episodes
+        )
+
+    def play(self, seeds: Sequence[int], act: Act | None = None) -> list[Trajectory]:
+        """Whole episodes with these seeds, in lockstep.
+
+        Args:
+            seeds: one for every episode.
+            act: actions for the observations of the episodes that still run and their memory; None plans.
+        """
+        return self._episodes.play(seeds, act or self.act, self.device)
 
     def act(self, inputs: Tensor, memory: PlanMemory | None = None) -> Tensor:
         """Planned actions `(n, actions)` in [-1, 1] for observations `(n, ...)`.
@@ -418,12 +431,6 @@ class TDMPC:
             wide = min(hidden) >= BFLOAT16_WIDTH
             return torch.bfloat16 if wide and self.device.type == "cpu" and _has_amx() else None
         return torch.bfloat16 if chosen == "bfloat16" else None
-
-    def _seeds(self, split: Split) -> list[int]:
-        chosen = self._options
-        return episode_seeds(
-            split, 0, chosen.validation_episodes if split == "validation" else chosen.test_episodes
-        )
 
     def _current_planner(self) -> Planner:
         """A planner with the present weights; their version counters tell whether it still has them."""

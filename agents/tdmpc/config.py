@@ -54,8 +54,8 @@ class TDMPCOptions(BaseModel):
         policy_share: policy trajectories over samples.
         temperature: of the weights of the elites.
         momentum: of the planned means from one iteration to the next.
-        precision: of the products in hidden layers, when planning and when learning. `auto` is `bfloat16` where
-            this CPU multiplies it in hardware and the layers are wide enough to gain, else `float32`.
+        precision: of the products in hidden layers, when planning and when learning. `auto` is `bfloat16`
+            where this CPU multiplies it in hardware and the layers are wide enough to gain, else `float32`.
         validation_episodes, test_episodes: episodes that an evaluation measures.
         stored_decisions: decisions of the replay buffer that are kept for repair, spread over the training.
         distillation_sequences: subtrajectories whose targets the base computes once.

@@ -24,6 +24,9 @@ HELD_OUT = 8
 BETAS = (0.9, 0.95)
 """Decay of Adam's moments; the second is short, because gradients shrink fast in a few hundred updates."""
 
+LABELLED_AT_ONCE = 512
+"""Sequences."""
+
 ON_POLICY_SHARE = 0.25
 """Of every batch, once there are episodes that the student played itself."""
 
@@ -70,7 +73,7 @@ class Lessons:
 
 
 def draw_sequences(buffer: ReplayBuffer, count: int, horizon: int, generator: torch.Generator) -> Sequences:
-    """Subtrajectories from all over the buffer; every other one with random actions instead of those played."""
+    """Subtrajectories from all over the buffer; every other one with random actions, not those played."""
     begins = buffer.places(horizon)
     picks = torch.randint(len(begins), (count,), generator=generator, device=generator.device)
     places = begins[picks.to(begins.device)]
@@ -99,8 +102,14 @@ def outputs(model: WorldModel, sequences: Sequences) -> Targets:
 
 @torch.no_grad()
 def label(base: WorldModel, sequences: Sequences) -> Lessons:
-    """Sequences with what the base makes of them."""
-    return Lessons(sequences, outputs(base, sequences))
+    """Sequences with what the base makes of them, some at a time: thousands of images take gigabytes."""
+    parts = zip(
+        torch.split(sequences.observations, LABELLED_AT_ONCE),
+        torch.split(sequences.actions, LABELLED_AT_ONCE, dim=1),
+        strict=True,
+    )
+    labelled = [Sequences(observations, actions) for observations, actions in parts]
+    return joined(Lessons(part, outputs(base, part)) for part in labelled)
 
 
 def joined(lessons: Iterable[Lessons]) -> Lessons:

@@ -38,6 +38,10 @@ def episode_seeds(stream: Stream, seed: int, count: int, *, first: int = 0) -> l
     ]
 
 
+Act = Callable[[Tensor, PlanMemory], Tensor]
+"""Actions `(n, actions)` for observations `(n, ...)` and the memory of the same episodes."""
+
+
 class Episodes:
     """Plays episodes of one task in lockstep; environments are made as they are needed and kept.
 
@@ -57,7 +61,7 @@ class Episodes:
     def play(
         self,
         seeds: Sequence[int],
-        act: Callable[[Tensor, PlanMemory], Tensor],
+        act: Act,
         device: torch.device,
     ) -> list[Trajectory]:
         """One episode for every seed, which is the seed of the environment and of the planner's noise.

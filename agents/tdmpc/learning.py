@@ -1,7 +1,7 @@
 """How TD-MPC learns: the losses of the world model and of its policy, and one update of both.
 
-(Hansen, Wang and Su, 2022, algorithm 2.) What the pseudocode does one decision after the other is done for all
-decisions at once where nothing depends on the one before: targets, rewards, Q values and the policy.
+(Hansen, Wang and Su, 2022, algorithm 2.) What the pseudocode does one decision after the other is done for
+all decisions at once where nothing depends on the one before: targets, rewards, Q values and the policy.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Learner:
 
     @torch.no_grad()
     def _targets(self, batch: Batch, observations: Tensor, noise: UpdateNoise) -> tuple[Tensor, Tensor]:
-        """The target's latents `(H, B, latent)` and the TD targets `(H, B)` of the observations that follow."""
+        """The target's latents `(H, B, latent)` and the TD targets `(H, B)`, of what follows."""
         horizon, rows = batch.rewards.shape
         flat = observations.flatten(0, 1)
         slow = self._through_target("encoder", self.model.scaled(flat))

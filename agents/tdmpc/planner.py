@@ -150,7 +150,7 @@ class Planner:
 
     @torch.inference_mode()
     def plan(self, observations: Tensor, memory: PlanMemory, *, explore: bool = False) -> Tensor:
-        """Actions `(E, actions)` in [-1, 1] for observations `(E, ...)`; the memory goes on to the next decision.
+        """Actions `(E, actions)` in [-1, 1] for observations `(E, ...)`; the memory goes on one decision.
 
         Args:
             observations: one of every episode.
@@ -238,7 +238,7 @@ class Planner:
         return torch.cat(values).view(episodes, samples)
 
     def _block_values(self, z: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
-        """The values `(rows,)` of action sequences `(horizon, rows, actions)` from latents `(rows, latent)`."""
+        """Values `(rows,)` of action sequences `(horizon, rows, actions)` from latents `(rows, latent)`."""
         networks, latent = self._networks, z.shape[1]
         inputs = networks.empty(len(actions), len(z), latent + actions.shape[2])
         inputs[:, :, latent:] = actions
@@ -248,7 +248,7 @@ class Planner:
         return self._returns(inputs, z, noise)
 
     def _returns(self, inputs: Tensor, z: Tensor, noise: Tensor) -> Tensor:
-        """Discounted rewards along `(horizon, rows, latent + actions)` and the Q value at the end, `(rows,)`."""
+        """Discounted rewards along `(horizon, rows, latent + actions)` and the last Q value: `(rows,)`."""
         networks, horizon = self._networks, len(inputs)
         rewards = networks.reward(inputs.flatten(0, 1)).view(horizon, -1)
         end = networks.q(torch.cat([z, networks.act(z, noise).to(z.dtype)], dim=1))

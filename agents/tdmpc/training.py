@@ -26,12 +26,15 @@ from components.errors import UserError
 CHECK_EVERY = 50
 """Updates between two looks at whether the losses are still numbers."""
 
+SECTIONS = frozenset({"model", "target", "adam_mean", "adam_square", "replay", "random"})
+"""Of a checkpoint."""
+
 
 class Training:
     """A training under way: plays an episode, then makes one update per decision.
 
-    Everything random comes from the seed. Stopped after any episode, saved and loaded, it goes on with the same
-    bits.
+    Everything random comes from the seed. Stopped after any episode, saved and loaded, it goes on with the
+    same bits.
 
     Args:
         model: new; is trained in place.
@@ -254,14 +257,15 @@ def _shapes(model: WorldModel) -> dict[str, list[int]]:
 def _read(path: Path) -> tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
+    nested: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["training"])
-        flat = load_file(path)
+        for name, tensor in load_file(path).items():
+            section, _, rest = name.partition("/")
+            nested.setdefault(section, {})[rest] = tensor
+        if nested.keys() != SECTIONS or not isinstance(facts, dict):
+            raise ValueError("not all parts of a checkpoint")
     except (SafetensorError, KeyError, ValueError, OSError):
         raise UserError(f"{path} is no checkpoint of a TD-MPC training, or a damaged one") from None
-    nested: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in flat.items():
-        section, _, rest = name.partition("/")
-        nested.setdefault(section, {})[rest] = tensor
     return nested, facts

@@ -1,4 +1,4 @@
-"""The task-oriented latent dynamics of TD-MPC: six networks that meet in a latent, built from their widths."""
+"""The task-oriented latent dynamics of TD-MPC: six networks that meet in a latent, built from widths."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Network(nn.Sequential):
         *hidden, last = self
         for layer in hidden:
             inputs = layer(inputs)
-        if not torch.is_autocast_enabled(inputs.device.type):
-            outputs: Tensor = last(inputs)
-            return outputs
-        with torch.autocast(inputs.device.type, enabled=False):
-            outputs = last(inputs.float())
+        if torch.is_autocast_enabled(inputs.device.type):
+            with torch.autocast(inputs.device.type, enabled=False):
+                outputs: Tensor = last(inputs.float())
+        else:
+            outputs = last(inputs)
         return outputs
 
 

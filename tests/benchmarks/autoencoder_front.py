@@ -21,35 +21,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 from figures import run
-from scipy import stats
-
-from search.pareto import SIZE_THRESHOLDS, SMALLEST_SIZE
+from fronts import Point, shares, summarise
 
 POINTS = 64
-METHODS = ("prunefront", "uniform_l2", "scratch")
 SCRATCH_LEARNING_RATE = 1e-2
-
-
-@dataclass(frozen=True)
-class Point:
-    """One agent: its size and its retention on validation and on test data."""
-
-    size_ratio: float
-    validation: float
-    test: float
-
-
-def shares(points: int, smallest: float) -> list[float]:
-    """Kept shares, log-spaced from everything to the smallest."""
-    return [float(share) for share in np.geomspace(1.0, smallest, points)]
 
 
 def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list[Point]]:
@@ -156,63 +138,6 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
     return result
 
 
-def chosen_retention(points: Sequence[Point], sizes: np.ndarray) -> np.ndarray:
-    """At every size: the test retention of the agent at or below it that validates best; 0 without one."""
-    result = np.zeros(len(sizes))
-    for index, size in enumerate(sizes):
-        fitting = [point for point in points if point.size_ratio <= size * (1 + 1e-12)]
-        if fitting:
-            result[index] = max(fitting, key=lambda point: point.validation).test
-    return result
-
-
-def hypervolumes(points: Sequence[Point], resolution: int = 2000) -> dict[str, float]:
-    """Mean chosen retention over log and over linear size, by the midpoint rule."""
-    middle = (np.arange(resolution) + 0.5) / resolution
-    log_sizes = SMALLEST_SIZE ** (1 - middle)
-    return {
-        "log": float(np.clip(chosen_retention(points, log_sizes), 0, 1).mean()),
-        "linear": float(np.clip(chosen_retention(points, middle), 0, 1).mean()),
-    }
-
-
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean with the half-width of its 95 % interval."""
-    array = np.asarray(values, dtype=float)
-    half = 0.0
-    if len(array) > 1:
-        half = float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
-    return {"mean": round(float(array.mean()), 4), "ci95": round(half, 4)}
-
-
-def summarise(by_seed: Sequence[dict[str, list[Point]]]) -> dict[str, object]:
-    """The figures of all seeds."""
-    volumes = {name: [hypervolumes(seed[name]) for seed in by_seed] for name in METHODS}
-    figures: dict[str, object] = {
-        "seeds": len(by_seed),
-        "points": [len(seed["prunefront"]) for seed in by_seed],
-    }
-    for kind in ("log", "linear"):
-        figures[f"hypervolume_{kind}"] = {
-            name: interval([volume[kind] for volume in volumes[name]]) for name in METHODS
-        }
-        for other in METHODS[1:]:
-            pairs = zip(volumes["prunefront"], volumes[other], strict=True)
-            figures[f"ratio_{kind}_to_{other}"] = interval(
-                [ours[kind] / theirs[kind] for ours, theirs in pairs]
-            )
-    figures["test_retention_at_or_below"] = {
-        f"{threshold:.0%}": {
-            name: interval(
-                [float(chosen_retention(seed[name], np.array([threshold]))[0]) for seed in by_seed]
-            )
-            for name in METHODS
-        }
-        for threshold in SIZE_THRESHOLDS
-    }
-    return figures
-
-
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """Run all seeds, one process each, and summarise."""
     seeds = range(options.first_seed, options.first_seed + options.seeds)
@@ -222,7 +147,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     if options.save:
         points = [{name: [vars(p) for p in found] for name, found in seed.items()} for seed in by_seed]
         options.save.write_text(json.dumps(points))
-    return summarise(by_seed)
+    return summarise(by_seed, "prunefront")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/tdmpc_learning.py --json [--curves small cartpole walker] [--seeds 3] [--into DIR]
 
-- `small`: the shipped experiment `cartpole`; goals: a mean return of 800 at 30,000 environment steps and of 850
-  at 60,000.
+- `small`: the shipped experiment `cartpole`; goals: a mean return of 800 at 30,000 environment steps and of
+  850 at 60,000.
 - `cartpole`, `walker`: the paper's schedules, batches and planner, with widths halved (`--full` for the
   paper's). The references are the lowest of the five seeds that Hansen, Wang and Su (2022, arXiv 2203.04955)
   published at those steps, 10 episodes each.
