@@ -163,15 +163,14 @@ def test_planning_writes_to_nothing_that_it_is_given():
     assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
 
 
-def test_a_planner_keeps_the_weights_that_it_was_made_with_but_for_the_encoder():
+def test_a_planner_keeps_the_weights_that_it_was_made_with():
     chosen, model = settings(), world(EVEN)
     ours = Planner(model, chosen)
     observations, noise = normal(2, OBSERVATION, seed=1), plan_noise(chosen, 2, seed=1)
     actions, means = ours.decide(observations, None, noise)
     with torch.no_grad():
-        for network in (model.dynamics, model.reward, model.q1, model.q2, model.policy):
-            for parameter in network.parameters():
-                parameter.fill_(0.3)
+        for parameter in model.parameters():
+            parameter.fill_(0.3)
     again, same = ours.decide(observations, None, noise)
     assert torch.equal(actions, again)
     assert torch.equal(means, same)

@@ -331,3 +331,16 @@ def test_thinned_uses_its_room():
         assert buffer.thinned(most).episodes == count
     assert buffer.thinned(3).episodes == 1  # the last, though it does not fit
     assert filled([]).thinned(5).episodes == 0
+
+
+def test_what_is_never_drawn_does_not_raise_the_priority_of_new_episodes():
+    buffer = ReplayBuffer((2,), 1, horizon=3)
+    episode = np.zeros((7, 2), np.float32), np.zeros((6, 1), np.float32), np.zeros(6, np.float32)
+    buffer.add(*episode, terminated=False)
+    buffer.set_priorities(torch.arange(4), torch.full((4,), 500.0))
+    buffer.add(*episode, terminated=False)  # begins at 500, those that are never drawn too
+    drawable = buffer.places(3)
+    buffer.set_priorities(drawable, torch.full((len(drawable),), 0.25))
+    buffer.add(*episode, terminated=False)
+    newest = buffer.to_tensors()["priorities"][-7:]
+    torch.testing.assert_close(newest, torch.full((7,), 0.25), atol=1e-5, rtol=0)

@@ -134,7 +134,7 @@ class Distillation:
 
     Args:
         student: the pruned model.
-        lessons: from the base; every eighth sequence is held out.
+        lessons: from the base; every eighth pair, one played and one random, is held out.
         kept: indices of the base's latent coordinates that the student kept.
         updates: how many there will be in all.
         batch_size: sequences per update.

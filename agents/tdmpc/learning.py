@@ -113,7 +113,9 @@ class Learner:
         if moments:
             self._load_moments(named, moments, adam_steps)
         self._weights = torch.tensor(
-            [options.rho**t for t in range(options.horizon + 1)], device=self._policy_parameters[0].device
+            [options.rho**t for t in range(options.horizon + 1)],
+            dtype=self._policy_parameters[0].dtype,
+            device=self._policy_parameters[0].device,
         ).unsqueeze(1)
 
     def _load_moments(

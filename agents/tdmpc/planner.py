@@ -140,7 +140,6 @@ class Planner:
         self, model: WorldModel, settings: PlannerSettings, precision: torch.dtype | None = None
     ) -> None:
         self.settings = settings
-        self._model = model
         self._networks = PackedModel(model, precision)
         self._discounts = torch.tensor(
             [settings.discount**t for t in range(settings.horizon + 1)],
@@ -177,7 +176,7 @@ class Planner:
         chosen, networks = self.settings, self._networks
         h, size = chosen.horizon, networks.action_size
         episodes, k = len(observations), elites(chosen.samples, chosen.elite_share)
-        latents = self._model.encode(observations).to(networks.sum_type)  # (E, latent)
+        latents = networks.encode(observations)  # (E, latent)
         policy_actions, policy_values = self._policy_trajectories(latents, noise.policy.to(networks.sum_type))
 
         means = latents.new_zeros(h, episodes, 1, size)
@@ -274,6 +273,7 @@ class PackedModel:
         last = model.policy[-1]
         assert isinstance(last, nn.Linear)
         self.action_size = last.out_features
+        self._encode = model.snapshot_of_encoder()
         self._dynamics = self._mlp(model.dynamics, self._type)
         self._reward = self._mlp(model.reward, self.sum_type)
         self._policy = self._mlp(model.policy, self.sum_type)
@@ -286,6 +286,10 @@ class PackedModel:
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised tensor of what the hidden layers read."""
         return torch.empty(shape, dtype=self._type, device=self.device)
+
+    def encode(self, observations: Tensor) -> Tensor:
+        """Observations `(rows, ...)` to latents `(rows, latent)`."""
+        return self._encode(observations).to(self.sum_type)
 
     def dynamics(self, inputs: Tensor) -> Tensor:
         """Latents and actions `(rows, latent + actions)` to the next latents `(rows, latent)`."""

@@ -44,6 +44,7 @@ class ReplayBuffer:
     Args:
         observation_shape: of one observation as the agent sees it; `(frames * 3, side, side)` of pixels.
         action_size: numbers of an action.
+        horizon: decisions of the subtrajectories that will be drawn.
         frames: images that make one observation; 1 for states.
         device: where it is stored and sampled.
     """
@@ -53,10 +54,11 @@ class ReplayBuffer:
         observation_shape: tuple[int, ...],
         action_size: int,
         *,
+        horizon: int = 1,
         frames: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._shape, self._frames = observation_shape, frames
+        self._shape, self._horizon, self._frames = observation_shape, horizon, frames
         self._device = torch.device(device)
         stored = (observation_shape[0] // frames, *observation_shape[1:])
         kind = torch.uint8 if len(observation_shape) == 3 else torch.float32
@@ -93,7 +95,9 @@ class ReplayBuffer:
         padded_rewards[:length] = torch.as_tensor(rewards)
         ends = torch.zeros(length + 1)
         ends[length - 1] = float(terminated)
-        highest = float(self._columns["priorities"][:begin].max()) if begin else 1.0
+        drawn = self._columns["remaining"][:begin] >= self._horizon  # the others' priorities never change
+        priorities = self._columns["priorities"][:begin][drawn]
+        highest = float(priorities.max()) if len(priorities) else 1.0
         self._columns["observations"][begin:end] = here
         self._columns["actions"][begin : end - 1] = torch.as_tensor(actions)
         self._columns["actions"][end - 1] = 0
@@ -101,7 +105,7 @@ class ReplayBuffer:
         self._columns["terminated"][begin:end] = ends
         self._columns["starts"][begin:end] = begin
         self._columns["remaining"][begin:end] = torch.arange(length, -1, -1)
-        self._columns["priorities"][begin:end] = highest or 1.0
+        self._columns["priorities"][begin:end] = highest
 
     def sample(
         self,
@@ -174,11 +178,13 @@ class ReplayBuffer:
         tensors: Mapping[str, Tensor],
         observation_shape: tuple[int, ...],
         *,
+        horizon: int = 1,
         frames: int = 1,
         device: torch.device | str = "cpu",
     ) -> ReplayBuffer:
         """A buffer with the content of another; the tensors are copied."""
-        buffer = cls(observation_shape, tensors["actions"].shape[-1], frames=frames, device=device)
+        size = tensors["actions"].shape[-1]
+        buffer = cls(observation_shape, size, horizon=horizon, frames=frames, device=device)
         size = len(tensors["rewards"])
         buffer._reserve(size)
         buffer._size = size
@@ -205,7 +211,9 @@ class ReplayBuffer:
         places = [torch.arange(begins[i], ends[i] + 1) for i in chosen]
         kept = torch.cat(places) if places else torch.arange(0)
         tensors = {name: tensor[kept.to(tensor.device)] for name, tensor in self.to_tensors().items()}
-        return ReplayBuffer.from_tensors(tensors, self._shape, frames=self._frames, device=self._device)
+        return ReplayBuffer.from_tensors(
+            tensors, self._shape, horizon=self._horizon, frames=self._frames, device=self._device
+        )
 
     def _stored_channels(self) -> int:
         return int(self._columns["observations"].shape[1])

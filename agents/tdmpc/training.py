@@ -213,6 +213,7 @@ class Training:
         self.buffer = ReplayBuffer.from_tensors(
             tensors["replay"],
             spec.observation_shape,
+            horizon=self._options.horizon,
             frames=frames(self._options),
             device=self._device,
         )
@@ -237,7 +238,13 @@ def planner_settings(options: TDMPCOptions, decisions: int) -> PlannerSettings:
 
 def new_buffer(options: TDMPCOptions, spec: EnvironmentSpec, device: torch.device) -> ReplayBuffer:
     """An empty replay buffer for a task."""
-    return ReplayBuffer(spec.observation_shape, spec.action_size, frames=frames(options), device=device)
+    return ReplayBuffer(
+        spec.observation_shape,
+        spec.action_size,
+        horizon=options.horizon,
+        frames=frames(options),
+        device=device,
+    )
 
 
 def frames(options: TDMPCOptions) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,11 @@ class WorldModel(nn.Module):
             latents: Tensor = self.encoder(self.scaled(observations))
         return latents
 
+    def snapshot_of_encoder(self) -> Callable[[Tensor], Tensor]:
+        """`encode` with the present weights: later changes do not reach it."""
+        encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        return lambda observations: encoder(self.scaled(observations))
+
     def scaled(self, observations: Tensor) -> Tensor:
         """What the encoder reads: states as they are, pixels in [0, 1]."""
         if not self.is_visual:
@@ -152,7 +158,8 @@ def random_shifts(images: Tensor, shifts: Tensor) -> Tensor:
 
     Args:
         images: `(n, channels, side, side)`, any type.
-        shifts: `(n, 2)` right and down, whole numbers in [-padding, padding], padding = side // 21.
+        shifts: `(n, 2)` by how many pixels the window moves right and down: whole numbers in
+            [-padding, padding], padding = side // 21.
 
     Returns:
         float32, of the images' shape.
