@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 import components
+from agents.tdmpc.activations import Tanh
 from agents.tdmpc.agent import TDMPC
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.learning import TARGETS, Learner, UpdateNoise
@@ -26,7 +27,6 @@ from agents.tdmpc.planner import Planner, PlannerSettings, PlanNoise
 from agents.tdmpc.replay_buffer import Batch
 from agents.tdmpc.world_model import (
     Network,
-    Tanh,
     WorldModel,
     dense_widths,
     random_shifts,
@@ -202,6 +202,9 @@ class MaskedNetworks:
     def empty(self, *shape):
         return torch.empty(shape, dtype=torch.float64)
 
+    def encode(self, observations):
+        return self.masked.encode(observations)
+
     def dynamics(self, inputs):
         return self.masked.head("dynamics", inputs)
 
@@ -290,7 +293,6 @@ def test_sliced_computes_what_masked_computes(kind, share, seed):
 def masked_planner(masked, action_size):
     planner = Planner(masked.model, SETTINGS)
     planner._networks = MaskedNetworks(masked, action_size)
-    planner._model = masked
     return planner
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import elu_, layer_norm
+from torch.nn.functional import layer_norm
 
+from agents.tdmpc.activations import elu_in_place, tanh_in_place
 from agents.tdmpc.config import elites
 from agents.tdmpc.world_model import WorldModel
 
@@ -311,21 +312,21 @@ class PackedModel:
             return torch.minimum(first, second).squeeze(1)
         (w0, b0), (scale, shift), (w1, b1), (w2, b2) = self._twins
         x = torch.baddbmm(b0, inputs.to(self._type).expand(2, -1, -1), w0)
-        x = _tanh(torch.addcmul(shift, layer_norm(x, (x.shape[-1],)), scale))
-        x = elu_(torch.baddbmm(b1, x, w1))
+        x = tanh_in_place(torch.addcmul(shift, layer_norm(x, (x.shape[-1],)), scale))
+        x = elu_in_place(torch.baddbmm(b1, x, w1))
         return torch.baddbmm(b2, x.to(w2.dtype), w2).amin(0).squeeze(1)
 
     def _run(self, layers: Sequence[Layer], inputs: Tensor) -> Tensor:
         (w0, b0), (w1, b1), (w2, b2) = layers
-        x = elu_(torch.addmm(b0, inputs.to(self._type), w0))
-        x = elu_(torch.addmm(b1, x, w1))
+        x = elu_in_place(torch.addmm(b0, inputs.to(self._type), w0))
+        x = elu_in_place(torch.addmm(b1, x, w1))
         return torch.addmm(b2, x.to(w2.dtype), w2)
 
     def _run_q(self, layers: Sequence[Layer], inputs: Tensor) -> Tensor:
         (w0, b0), (scale, shift), (w1, b1), (w2, b2) = layers
         x = torch.addmm(b0, inputs.to(self._type), w0)
-        x = _tanh(layer_norm(x, (x.shape[-1],), scale, shift))
-        x = elu_(torch.addmm(b1, x, w1))
+        x = tanh_in_place(layer_norm(x, (x.shape[-1],), scale, shift))
+        x = elu_in_place(torch.addmm(b1, x, w1))
         return torch.addmm(b2, x.to(w2.dtype), w2)
 
     def _mlp(self, network: nn.Sequential, last_type: torch.dtype) -> list[Layer]:
@@ -352,8 +353,3 @@ class PackedModel:
             )
             for a, b in pairs
         ]
-
-
-def _tanh(x: Tensor) -> Tensor:
-    """tanh in place, as `world_model.Tanh` computes it."""
-    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
