@@ -164,3 +164,20 @@ for name, kind, steps in (
         gymnasium.register(name, kind, max_episode_steps=steps)
 if "BrokenObservation-v0" not in gymnasium.registry:
     gymnasium.register("BrokenObservation-v0", Broken, kwargs={"what": "observation", "value": np.inf})
+
+
+def actions_of(seed, count, size):
+    """`(count, size)` random actions, some of them beyond the bounds."""
+    return np.random.default_rng(seed).uniform(-1.3, 1.3, (count, size))
+
+
+def play(environment, seed, actions):
+    """Observations, rewards and ends, as far as the episode goes."""
+    observations, rest = [environment.reset(seed)], []
+    for action in actions:
+        step = environment.step(action)
+        observations.append(step.observation)
+        rest.append(tuple(step[1:]))
+        if step.terminated or step.truncated:
+            break
+    return np.stack(observations), rest

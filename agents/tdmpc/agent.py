@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from agents.agent import UNTRACKED, Objective, Progress, Split, Tracker
-from agents.environments import EnvironmentSpec, Trajectory
+from agents.environments import EnvironmentSpec
+from agents.lockstep import Trajectory
 from agents.options import parse_options
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.distillation import Distillation, Lessons, Sequences, draw_sequences, label

@@ -13,14 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agents.environments import (
-    Environment,
-    EnvironmentSpec,
-    Lockstep,
-    Trajectory,
-    make_environment,
-    random_trajectories,
-)
+from agents.environments import Environment, EnvironmentSpec, make_environment
+from agents.lockstep import Lockstep, Trajectory, random_trajectories
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.planner import PlanMemory
 

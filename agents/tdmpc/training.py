@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agents.agent import UNTRACKED, Tracker
-from agents.environments import EnvironmentFaultError, EnvironmentSpec, Trajectory
+from agents.environments import EnvironmentFaultError, EnvironmentSpec
+from agents.lockstep import Trajectory
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.episodes import Episodes, Returns, episode_seeds
 from agents.tdmpc.learning import Learner, UpdateNoise, finite
