@@ -79,7 +79,7 @@ def test_shipped_experiments_pass_every_check_before_the_work(name, tmp_path):
     assert keeps["q1.3"] != keeps["q1.0"]
     steps, repeat = checked.agent.options["steps"], checked.agent.spec.action_repeat
     planned = checked.agent.options["horizon_decisions"]
-    assert steps / repeat >= 2 * planned, "the schedules end well before the training does"
+    assert steps / repeat >= 2 * planned, "the horizon is whole well before the training ends"
 
 
 def test_a_search_prunes_repairs_plans_and_keeps_bundles_that_verify(serial, capsys):
