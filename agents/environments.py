@@ -49,7 +49,7 @@ CAMERAS: Mapping[str, int] = {"quadruped": 2}
 GYMNASIUM = "gymnasium:"
 
 
-class EnvironmentFaultError(UserError):
+class EnvironmentFaultError(UserError, ArithmeticError):
     """An environment (or what acts in it) came up with a number that is not finite."""
 
 

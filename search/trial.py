@@ -118,14 +118,18 @@ def _pipeline(spec: TrialSpec, base: Base, device: str, stages: Stages) -> Trial
     if settings.fine_tune_updates > 0:
         stages.enter("fine_tune")
         method = settings.fine_tune_method or agent.fine_tune_methods[0]
-        told = agent.fine_tune(method, settings.fine_tune_updates, spec.seed, _unheard)
-        facts = {name: float(value) for name, value in (told or {}).items()}
-        _require_finite(facts)
-        stages.enter("evaluate")
-        tuned = agent.evaluate("validation")
-        after = float(tuned[measure.name])
+        tuned: dict[str, float] = {}
+        try:
+            told = agent.fine_tune(method, settings.fine_tune_updates, spec.seed, _unheard) or {}
+            stages.enter("evaluate")
+            tuned = dict(agent.evaluate("validation"))
+            _require_finite({**told, **tuned})
+            facts = {name: float(value) for name, value in told.items()}
+        except ArithmeticError:  # it diverged: what reconstruction made is still there
+            facts = {"diverged": 1.0}
+        after = float(tuned.get(measure.name, math.nan))
         rungs.append((settings.fine_tune_updates, after))
-        if _as_good(after, reached, measure):
+        if "diverged" not in facts and _as_good(after, reached, measure):
             performance, reached, repaired_by = tuned, after, "fine_tuning"
         else:
             agent.load_states({"model": repaired})

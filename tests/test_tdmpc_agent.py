@@ -404,7 +404,9 @@ def test_the_tracker_sees_both_losses_of_every_update_before_clipping():
 
 def test_progress_counts_environment_steps():
     seen = []
-    TDMPC({**TINY, "action_repeat": 3, "steps": 70}).train(0, None, lambda *told: seen.append(told))
+    TDMPC({**TINY, "action_repeat": 3, "steps": 70, "seed_decisions": 10}).train(
+        0, None, lambda *told: seen.append(told)
+    )
     assert [steps for steps, _, _ in seen] == sorted({steps for steps, _, _ in seen})
     assert seen[-1][0] == 70
     assert {total for _, total, _ in seen} == {70}
@@ -701,3 +703,19 @@ def test_low_precision_trains_and_plans_nearly_the_same():
     tiny = TDMPC({**TINY, "precision": "bfloat16"})
     tiny.train(0, None, _silent)
     assert {tensor.dtype for state in tiny.states().values() for tensor in state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["td", "distill_td"])
+def test_td_learning_does_not_start_from_a_target_that_nothing_repaired(method):
+    """The target in the states is the base's, sliced; the repaired model's own takes its place."""
+    trained, states = _trained(make_small)
+    reached = []
+    for scale in (0.0, 1.0):
+        agent = TDMPC(SMALL, data=trained.data())
+        agent.load_states(
+            {**states, "target": {name: scale * tensor for name, tensor in states["target"].items()}}
+        )
+        agent.learn_from(trained, {name: torch.arange(size) for name, size in trained.widths.items()})
+        agent.fine_tune(method, 5, 0, _silent)
+        reached.append(agent.states()["model"])
+    assert all(torch.equal(reached[0][name], tensor) for name, tensor in reached[1].items())

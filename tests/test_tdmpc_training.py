@@ -285,12 +285,17 @@ def test_at_least_one_sample_is_an_elite(samples, share, count):
 
 @pytest.mark.parametrize(("steps", "repeat", "decisions"), [(120, 1, 120), (120, 7, 18), (1, 4, 1)])
 def test_training_ends_with_its_environment_steps(steps, repeat, decisions):
-    training = training_of({**STATE, "steps": steps, "action_repeat": repeat})
+    training = training_of({**STATE, "steps": steps, "action_repeat": repeat, "seed_decisions": 1})
     assert training.total_decisions == decisions
     training.decisions = decisions - 1
     assert not training.done
     training.decisions = decisions
     assert training.done
+
+
+def test_a_training_that_would_end_before_it_learns_is_refused():
+    with pytest.raises(UserError, match="steps is 30, which makes 30 decisions: learning begins after 31"):
+        training_of({**STATE, "steps": 30, "action_repeat": 1, "seed_decisions": 31})
 
 
 # --- counts ----------------------------------------------------------------------------------------------

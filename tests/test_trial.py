@@ -305,13 +305,22 @@ def test_a_trial_may_train_its_own_base_and_is_measured_against_it():
     assert kept.retention == 1.0
 
 
+def test_a_fine_tuning_that_diverged_leaves_what_reconstruction_made(base):
+    result = run_trial(spec(), with_fault(base, "nan fact"))
+    assert result.complete, result.reason
+    assert (result.repaired_by, result.fine_tuning) == ("reconstruction", {"diverged": 1.0})
+    alone = run_trial(spec(fine_tune_updates=0), base)
+    assert result.objectives == alone.objectives
+    assert result.rungs[0] == alone.rungs[0]
+    assert all(np.array_equal(result.state[name], array) for name, array in alone.state.items())
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
         ("raise", "fine_tune: RuntimeError: the toy was told to fail"),
         ("nan", "evaluate: NonFiniteError: reconstruction_error is nan"),
         ("inf", "evaluate: NonFiniteError: extra is inf"),
-        ("nan fact", "fine_tune: NonFiniteError: loss is nan"),
     ],
 )
 def test_a_fault_is_a_failed_result_with_its_stage_and_reason(base, fault, reason):

@@ -31,7 +31,9 @@ class Tanh(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The same shape and type, in [-1, 1]."""
-        if inputs.device.type != "cpu" or not inputs.requires_grad:
+        if inputs.device.type != "cpu":
+            return torch.tanh(inputs)
+        if not inputs.requires_grad:
             return 2 * torch.sigmoid(2 * inputs) - 1
         outputs: Tensor = _SigmoidTanh.apply(inputs)  # type: ignore[no-untyped-call]
         return outputs
@@ -48,7 +50,7 @@ def elu_in_place(x: Tensor) -> Tensor:
 
 def tanh_in_place(x: Tensor) -> Tensor:
     """tanh, as `Tanh` computes it, of a tensor that needs no gradient, which is overwritten and returned."""
-    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
+    return x.mul_(2).sigmoid_().mul_(2).sub_(1) if x.device.type == "cpu" else x.tanh_()
 
 
 def _by_powers(x: Tensor) -> bool:

@@ -134,15 +134,17 @@ class TDMPC:
 
     def load_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over `model` and, where given, the target and the moments."""
-        self.model.load_state_dict(dict(states["model"]))
-        self.__dict__.pop("lessons", None)
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        for section in ("target", "adam_mean", "adam_square"):
+        if states["model"].keys() != shapes.keys():
+            raise UserError("the state is that of a model of another architecture")
+        for section in ("model", "target", "adam_mean", "adam_square"):
             for name, tensor in states.get(section, {}).items():
                 if shapes.get(name) != tensor.shape:
                     raise UserError(
                         f"{section} {name!r} of shape {tuple(tensor.shape)} does not fit the model"
                     )
+        self.model.load_state_dict(dict(states["model"]))
+        self.__dict__.pop("lessons", None)
         whole = {"target", "adam_mean", "adam_square"} <= set(states)
         self._target = _copied(states["target"], self.device) if whole else None
         self._moments = (
@@ -212,6 +214,7 @@ class TDMPC:
         facts: dict[str, float] = {}
         if updates == 0:
             return facts
+        self.__dict__.pop("lessons", None)  # those of the weights so far
         distillation = self._distillation(updates, seed) if method != "td" else None
         learner = self._learner() if method != "distill" else None
         if distillation is not None:
@@ -287,9 +290,8 @@ class TDMPC:
         }
 
     def _learner(self) -> Learner:
-        return Learner(
-            _world(self.model), self._options, target=self._target, moments=self._moments, adam_steps=None
-        )
+        """Its target begins at the present weights: that of the base was sliced, and nothing repaired it."""
+        return Learner(_world(self.model), self._options, moments=self._moments, adam_steps=None)
 
     def _td_update(self, learner: Learner, number: int, generator: torch.Generator) -> Tensor:
         chosen = self._options

@@ -111,7 +111,7 @@ class TDMPCOptions(BaseModel):
     test_episodes: Positive = 10
 
     stored_decisions: Positive = 20_000
-    distillation_sequences: Positive = 4096
+    distillation_sequences: Annotated[int, Field(ge=2)] = 4096
     distillation_batch_size: Positive = 256
     distillation_learning_rate: Rate = 1e-2
     on_policy_episodes: NonNegative = 3

@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from agents.tdmpc.replay_buffer import ReplayBuffer
 from agents.tdmpc.world_model import WorldModel
+from components.errors import UserError
 
 HELD_OUT = 8
 """One in so many subtrajectories is held out of the training."""
@@ -75,6 +76,8 @@ class Lessons:
 def draw_sequences(buffer: ReplayBuffer, count: int, horizon: int, generator: torch.Generator) -> Sequences:
     """Subtrajectories from all over the buffer; every other one with random actions, not those played."""
     begins = buffer.places(horizon)
+    if len(begins) == 0:
+        raise UserError(f"no stored episode has {horizon} decisions, as many as the horizon")
     picks = torch.randint(len(begins), (count,), generator=generator, device=generator.device)
     places = begins[picks.to(begins.device)]
     times = torch.arange(horizon, device=places.device).unsqueeze(1) + places

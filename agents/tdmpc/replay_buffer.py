@@ -199,10 +199,13 @@ class ReplayBuffer:
     def thinned(self, decisions: int) -> ReplayBuffer:
         """A buffer of at most so many decisions: whole episodes, evenly spread, the last always among them.
 
-        As many as fit; the last one even where it alone does not.
+        As many as fit; the last one even where it alone does not. Episodes shorter than the horizon are left
+        out unless there are no others.
         """
-        ends = (self._column("remaining") == 0).nonzero().flatten().tolist()
-        begins = [0, *(end + 1 for end in ends[:-1])]
+        last = (self._column("remaining") == 0).nonzero().flatten().tolist()
+        episodes = list(zip([0, *(end + 1 for end in last[:-1])], last, strict=False))
+        drawn = [(begin, end) for begin, end in episodes if end - begin >= self._horizon]
+        begins, ends = zip(*(drawn or episodes), strict=True) if episodes else ((), ())
         chosen: list[int] = []
         for count in range(len(ends), 0, -1):  # episodes may differ in length
             chosen = [len(ends) - 1 - (i * len(ends)) // count for i in reversed(range(count))]

@@ -65,6 +65,11 @@ class Training:
         self.decisions = 0
         self.updates = 0
         self.latest_return = float("nan")
+        if self.total_decisions < options.seed_decisions:
+            raise UserError(
+                f"steps is {options.steps}, which makes {self.total_decisions} decisions: "
+                f"learning begins after {options.seed_decisions}, seed_decisions"
+            )
         self._noise = torch.Generator(device).manual_seed(episode_seeds("training", seed, 1)[0])
 
     @property
@@ -181,6 +186,14 @@ class Training:
         """
         path = directory / "checkpoint.safetensors"
         tensors, facts = _read(path)
+        try:
+            self._require_own(path, facts)
+            self._take_over(tensors, facts)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"the checkpoint {path} is damaged, or of another device ({error})") from None
+
+    def _require_own(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Refuse what was learnt on another task, with other options, in another shape, from another seed."""
         mine = self._options.model_dump(mode="json")
         for name, value in facts["options"].items():
             if name != "steps" and mine.get(name) != value:
@@ -198,6 +211,9 @@ class Training:
             raise UserError(
                 f"the checkpoint {path} is of a training with seed {facts['seed']}, this one has {self._seed}"
             )
+
+    def _take_over(self, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+        self._noise.set_state(tensors["random"]["noise"])
         self.model.load_state_dict(tensors["model"])
         self.played, self.decisions = facts["played"], facts["decisions"]
         self.updates = facts["updates"]
@@ -218,7 +234,6 @@ class Training:
             frames=frames(self._options),
             device=self._device,
         )
-        self._noise.set_state(tensors["random"]["noise"])
 
 
 def planner_settings(options: TDMPCOptions, decisions: int) -> PlannerSettings:

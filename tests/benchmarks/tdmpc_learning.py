@@ -15,6 +15,7 @@ that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -59,6 +60,10 @@ def learn(curve: str, seed: int, full: bool, into: Path | None) -> dict[str, Any
     repeat = agent.spec.action_repeat
     returns: dict[int, float] = {}
     seconds = 0.0
+    kept = None if place is None else place / "returns.json"
+    if kept is not None and kept.exists():
+        stored = json.loads(kept.read_text())
+        returns, seconds = {int(mark): value for mark, value in stored["returns"].items()}, stored["seconds"]
     while not training.done:
         before = training.decisions * repeat
         start = time.perf_counter()
@@ -72,8 +77,11 @@ def learn(curve: str, seed: int, full: bool, into: Path | None) -> dict[str, Any
             if before < mark <= now:
                 returns[mark] = training.evaluate(episode_seeds("test", 0, 10)).mean
                 print(f"{curve} {seed}: at {mark}: {returns[mark]:.1f}", file=sys.stderr, flush=True)
-        if place is not None and training.played % SAVE_EVERY == 0:
+        if place is not None and kept is not None and (training.played % SAVE_EVERY == 0 or training.done):
             training.save(place)
+            kept.write_text(json.dumps({"returns": returns, "seconds": seconds}))
+    if sorted(returns) != marks:
+        raise SystemExit(f"{curve} {seed}: {place} was trained without measuring all of {marks}: delete it")
     return {"returns": returns, "seconds": round(seconds)}
 
 
