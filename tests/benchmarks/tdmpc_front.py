@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,10 @@ from figures import run
 from fronts import Point, shares, summarise
 
 CLONING_EPISODES = 20
-"""Episodes of the base whose decisions are imitated; as many rows of its replay are labelled besides."""
+"""Episodes of the base whose decisions are imitated."""
+
+CLONING_NOISE = 0.3
+"""Deviation of the noise on the actions of every other of these, so that mistakes are seen and mended."""
 
 CLONING_UPDATES = 3000
 
@@ -63,6 +67,12 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
     config = load_experiment(experiment, [f"base.seed={seed}", f"search.seed={seed}", *overrides])
     pruning = config.pruning
     place = into / f"{config.name}_{seed}"
+    assert not config.search.options, "an experiment that searches options is not supported here"
+    settled = json.dumps([points, config.to_yaml()])
+    if (place / "settings.json").exists() and (place / "settings.json").read_text() != settled:
+        raise SystemExit(f"{place} holds results of other settings: delete it, or choose another --into")
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "settings.json").write_text(settled)
     if not (place / "base" / "metrics.json").exists():
         metrics = tuple(dict.fromkeys([*pruning.metrics, "l2"]))
         new = train_base("tdmpc", config.agent.options, seed=seed, metrics=metrics)
@@ -175,6 +185,16 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
             [replace(spec, pruning=replace(settings, reconstruction="none")) for spec in our_plans()]
         )
 
+    def learnt(agent: TDMPC, learn: Callable[..., object]) -> list[Point]:
+        """The agent after learning; none where it diverged."""
+        try:
+            learn(lambda *_: None)
+            returns = {split: agent.evaluate(split)["return"] for split in ("validation", "test")}
+        except ArithmeticError as error:
+            print(f"{experiment} {seed}: {error}", file=sys.stderr, flush=True)
+            return []
+        return [Point(parameter_count(agent.model) / base.parameters, *retained(returns))]
+
     def random_weights() -> list[Point]:
         from components.mixing import choose
 
@@ -187,9 +207,9 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
                 assert isinstance(agent, TDMPC)
                 agent.model.reset_parameters()  # type: ignore[operator]
                 agent.learn_from(teacher, kept)
-                agent.fine_tune("distill", settings.fine_tune_updates, spec.seed, lambda *_: None)
-                returns = {split: agent.evaluate(split)["return"] for split in ("validation", "test")}
-            found.append(Point(parameter_count(agent.model) / base.parameters, *retained(returns)))
+                found += learnt(
+                    agent, partial(agent.fine_tune, "distill", settings.fine_tune_updates, spec.seed)
+                )
         return found
 
     def scratch() -> list[Point]:
@@ -198,9 +218,7 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
             widths = {group.name: max(1, round(share * group.size)) for group in dense.graph.groups}
             with deterministic(trial_seed(seed, number), 1):
                 agent = TDMPC(base.options, widths)
-                agent.train(trial_seed(seed, number), None, lambda *_: None)
-                returns = {split: agent.evaluate(split)["return"] for split in ("validation", "test")}
-            found.append(Point(parameter_count(agent.model) / base.parameters, *retained(returns)))
+                found += learnt(agent, partial(agent.train, trial_seed(seed, number), None))
         return found
 
     def cloned() -> list[Point]:
@@ -220,14 +238,19 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
         return Returns.of(played).mean
 
     def lessons() -> tuple[torch.Tensor, torch.Tensor]:
-        """Observations and what the base plans there: along its own episodes, and all over its replay."""
-        played = teacher.play(episode_seeds("on_policy", 0, CLONING_EPISODES))
-        visited = torch.cat([torch.as_tensor(t.observations[:-1]) for t in played])
-        planned = torch.cat([torch.as_tensor(t.actions) for t in played])
-        replayed = teacher.data()["replay.observations"]
-        picked = replayed[torch.linspace(0, len(replayed) - 1, len(visited)).long()]
-        labels = torch.cat([teacher.act(rows) for rows in picked.split(32)])
-        return torch.cat([visited, picked]), torch.cat([planned, labels])
+        """Observations along episodes, every other one disturbed, and the means that the base plans there."""
+        seen, planned = [], []
+        generator = torch.Generator().manual_seed(seed)
+
+        def act(rows: torch.Tensor, memory: Any) -> torch.Tensor:
+            actions = teacher.act(rows, memory)
+            seen.append(rows.clone())
+            planned.append(memory.means[:, 0].clone())
+            noise = CLONING_NOISE * torch.randn(actions.shape, generator=generator)
+            return actions + noise * (torch.arange(len(actions)) % 2).unsqueeze(1)
+
+        teacher.play(episode_seeds("on_policy", 0, CLONING_EPISODES), act)
+        return torch.cat(seen), torch.cat(planned)
 
     def keep(name: str, found: list[Point]) -> None:
         (place / f"{name}.json").write_text(json.dumps([asdict(point) for point in found]))
