@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from agents import datasets
+from agents.adam import WARM_STEPS, half_cosine
 from agents.agent import UNTRACKED, Objective, Progress, Split, Tracker
 from agents.options import parse_options
 from agents.widths import complete
@@ -39,8 +40,6 @@ BETAS = (0.9, 0.95)
 fine-tuning ends with a 4 to 8 % higher error (600 updates, 2 to 10 % of the parameters kept)."""
 EVALUATION_BATCH = 512
 """Fixed, so that evaluation gives the same bits every time."""
-WARM_STEPS = 1e6
-"""Adam steps after which the moments need no correction for their start at zero."""
 
 
 class AutoencoderOptions(BaseModel):
@@ -302,9 +301,7 @@ class Autoencoder:
         self.model.train()
         try:
             for step in range(updates):
-                optimizer.param_groups[0]["lr"] = (
-                    0.5 * learning_rate * (1.0 + math.cos(math.pi * step / updates))
-                )
+                optimizer.param_groups[0]["lr"] = half_cosine(learning_rate, step, updates)
                 batch = images[batches[step]]
                 optimizer.zero_grad(set_to_none=True)
                 with tracker.capture():

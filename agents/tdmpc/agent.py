@@ -19,7 +19,7 @@ from agents.tdmpc.episodes import Act, Episodes, Returns, episode_seeds, episode
 from agents.tdmpc.learning import Learner, UpdateNoise
 from agents.tdmpc.planner import PlanMemory, Planner
 from agents.tdmpc.replay_buffer import ReplayBuffer
-from agents.tdmpc.training import Training, frames, image_side, planner_settings
+from agents.tdmpc.training import Training, frames, image_side, planner_settings, total_decisions
 from agents.tdmpc.world_model import WorldModel, dense_widths
 from agents.widths import complete
 from components.errors import UserError, nearest
@@ -355,12 +355,7 @@ class TDMPC:
                 plans as at the start of an episode, with the same noise for every row and every call.
         """
         if memory is None:
-            generator = torch.Generator(self.device).manual_seed(0)
-            state = generator.get_state()
-            generators = [torch.Generator(self.device) for _ in range(len(inputs))]
-            for each in generators:
-                each.set_state(state)
-            memory = PlanMemory(generators)
+            memory = PlanMemory.start([0] * len(inputs), self.device)
         return self._current_planner().plan(inputs.to(self.device), memory).clone()
 
     def remember(self, episodes: int = 1, seed: int = 0) -> PlanMemory:
@@ -440,8 +435,7 @@ class TDMPC:
         versions = tuple(p._version for p in self.model.parameters())
         if self._planner is None or self._planner[0] != versions:
             # After the training: with the horizon and the deviations that its schedules end with.
-            decisions = -(-self._options.steps // self.spec.action_repeat)
-            settings = planner_settings(self._options, decisions)
+            settings = planner_settings(self._options, total_decisions(self._options, self.spec))
             self._planner = versions, Planner(_world(self.model), settings, self._precision)
         return self._planner[1]
 

@@ -7,7 +7,6 @@ Every term is divided by the variance of its target: raw, they differ by four or
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from agents.adam import half_cosine
 from agents.tdmpc.replay_buffer import ReplayBuffer
 from agents.tdmpc.world_model import WorldModel
 from components.errors import UserError
@@ -89,10 +89,7 @@ def draw_sequences(buffer: ReplayBuffer, count: int, horizon: int, generator: to
 
 def outputs(model: WorldModel, sequences: Sequences) -> Targets:
     """Everything that a model makes of sequences, rolled out in its own latent."""
-    latents = [model.encode(sequences.observations)]
-    for actions in sequences.actions:
-        latents.append(model.next_latent(latents[-1], actions))
-    rolled = torch.stack(latents)
+    rolled = model.roll_out(sequences.observations, sequences.actions)
     both = torch.cat([rolled[:-1], sequences.actions], dim=2)
     return Targets(
         latents=rolled,
@@ -186,8 +183,7 @@ class Distillation:
 
     def step(self) -> Tensor:
         """One update; returns the loss, the sum of the four normalised terms."""
-        rate = 0.5 * self._rate * (1.0 + math.cos(math.pi * self._done / self._updates))
-        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.param_groups[0]["lr"] = half_cosine(self._rate, self._done, self._updates)
         chosen = self._pick()
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._loss(chosen)

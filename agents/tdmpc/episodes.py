@@ -23,6 +23,10 @@ STREAMS: tuple[Stream, ...] = ("training", "validation", "test", "on_policy")
 """Episodes of different streams never share a seed."""
 
 
+ENVIRONMENT = {"task", "action_repeat", "observation", "frame_stack", "image_side", "step_limit"}
+"""The options that `make_environment` takes."""
+
+
 def episode_seeds(stream: Stream, seed: int, count: int, *, first: int = 0) -> list[int]:
     """Seeds of episodes `first` to `first + count` of a stream."""
     number = STREAMS.index(stream)
@@ -89,15 +93,7 @@ class Episodes:
         return self._environments[:count]
 
     def _make(self) -> Environment:
-        chosen = self._options
-        return make_environment(
-            chosen.task,
-            action_repeat=chosen.action_repeat,
-            observation=chosen.observation,
-            frame_stack=chosen.frame_stack,
-            image_side=chosen.image_side,
-            step_limit=chosen.step_limit,
-        )
+        return make_environment(**self._options.model_dump(include=ENVIRONMENT))
 
 
 def episodes_of(options: TDMPCOptions) -> Episodes:
@@ -105,36 +101,12 @@ def episodes_of(options: TDMPCOptions) -> Episodes:
 
     Sharing is safe because an episode depends on its seed and its actions alone.
     """
-    chosen = options
-    return _episodes(
-        chosen.task,
-        chosen.action_repeat,
-        chosen.observation,
-        chosen.frame_stack,
-        chosen.image_side,
-        chosen.step_limit,
-    )
+    return _kept_episodes(TDMPCOptions(**options.model_dump(include=ENVIRONMENT)))
 
 
 @lru_cache(maxsize=4)
-def _episodes(
-    task: str,
-    action_repeat: int | None,
-    observation: str,
-    frame_stack: int,
-    image_side: int,
-    limit: int | None,
-) -> Episodes:
-    return Episodes(
-        TDMPCOptions(
-            task=task,
-            action_repeat=action_repeat,
-            observation=observation,  # type: ignore[arg-type]
-            frame_stack=frame_stack,
-            image_side=image_side,
-            step_limit=limit,
-        )
-    )
+def _kept_episodes(environment: TDMPCOptions) -> Episodes:
+    return Episodes(environment)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.functional import mse_loss
 
+from agents.adam import WARM_STEPS
 from agents.agent import UNTRACKED, Tracker
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.replay_buffer import Batch
@@ -23,9 +24,6 @@ from agents.tdmpc.world_model import WorldModel, random_shifts, shift_padding, w
 
 LARGEST_LOSS = 1e4
 """A loss of one subtrajectory counts for no more."""
-
-WARM_STEPS = 1e6
-"""Adam steps after which the moments need no correction for their start at zero."""
 
 TARGETS = ("encoder", "q1", "q2")
 """The components that have a slowly moving target."""
@@ -79,7 +77,6 @@ class Learner:
         target: state of the target network, by parameter name; None is the model's own.
         moments: `adam_mean` and `adam_square` by parameter name; None begins at zero.
         adam_steps: optimizer steps that the moments are from; None where that is not known.
-        learning_rate: None takes the options'.
         precision: of the products in hidden layers, but the encoder's, which reads observations; None is that
             of the model. Weights, last layers, losses and moments keep the model's.
     """
@@ -92,7 +89,6 @@ class Learner:
         target: Mapping[str, Tensor] | None = None,
         moments: Mapping[str, Mapping[str, Tensor]] | None = None,
         adam_steps: int | None = 0,
-        learning_rate: float | None = None,
         precision: torch.dtype | None = None,
     ) -> None:
         self.model = model
@@ -105,9 +101,8 @@ class Learner:
         self._policy_parameters = list(model.policy.parameters())
         policy_ids = {id(p) for p in self._policy_parameters}
         self._model_parameters = [p for p in named.values() if id(p) not in policy_ids]
-        rate = options.learning_rate if learning_rate is None else learning_rate
         self._optimizers = [
-            torch.optim.Adam(parameters, lr=rate, fused=True)
+            torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
             for parameters in (self._model_parameters, self._policy_parameters)
         ]
         if moments:
@@ -235,10 +230,7 @@ class Learner:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Latents `(H + 1, B, latent)` and, `(B,)` each, three losses and the priorities."""
         model, horizon = self.model, len(batch.actions)
-        latents = [model.encode(first)]
-        for t in range(horizon):
-            latents.append(model.next_latent(latents[-1], batch.actions[t]))
-        rolled = torch.stack(latents)
+        rolled = model.roll_out(first, batch.actions)
         both = torch.cat([rolled[:-1], batch.actions], dim=2)  # (H, B, latent + actions)
         weights = self._weights[:horizon]
         consistency = (mse_loss(rolled[1:], next_latents, reduction="none").mean(2) * weights).sum(0)

@@ -170,7 +170,7 @@ class ReplayBuffer:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything, as `from_tensors` takes it; copies."""
-        return {name: self._column(name).clone() for name in self._columns if name not in ("starts",)}
+        return {name: self._column(name).clone() for name in self._columns if name != "starts"}
 
     @classmethod
     def from_tensors(

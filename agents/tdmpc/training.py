@@ -75,7 +75,7 @@ class Training:
     @property
     def total_decisions(self) -> int:
         """After which the training is done."""
-        return -(-self._options.steps // self._episodes.spec.action_repeat)
+        return total_decisions(self._options, self._episodes.spec)
 
     @property
     def done(self) -> bool:
@@ -234,6 +234,11 @@ class Training:
             frames=frames(self._options),
             device=self._device,
         )
+
+
+def total_decisions(options: TDMPCOptions, spec: EnvironmentSpec) -> int:
+    """Decisions of a whole training."""
+    return -(-options.steps // spec.action_repeat)
 
 
 def planner_settings(options: TDMPCOptions, decisions: int) -> PlannerSettings:

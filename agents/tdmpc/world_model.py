@@ -120,6 +120,13 @@ class WorldModel(nn.Module):
         after: Tensor = self.dynamics(torch.cat([latents, actions], dim=-1))
         return after
 
+    def roll_out(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Latents `(horizon + 1, n, latent)` from observations `(n, ...)`, actions `(horizon, n, ...)`."""
+        latents = [self.encode(observations)]
+        for decision in actions:
+            latents.append(self.next_latent(latents[-1], decision))
+        return torch.stack(latents)
+
     def reward_of(self, latents: Tensor, actions: Tensor) -> Tensor:
         """The reward of one decision, `(..., 1)`."""
         reward: Tensor = self.reward(torch.cat([latents, actions], dim=-1))
@@ -158,7 +165,7 @@ def random_shifts(images: Tensor, shifts: Tensor) -> Tensor:
         float32, of the images' shape.
     """
     side = images.shape[-1]
-    padding = max(1, side // 21)
+    padding = shift_padding(side)
     padded = pad(images.float(), (padding,) * 4, mode="replicate")
     full = side + 2 * padding
     centres = (2 * torch.arange(side, device=images.device) + 1 + 2 * padding) / full - 1  # in [-1, 1]
