@@ -685,7 +685,7 @@ def test_unknown_fine_tuning_method():
 def test_precision_is_low_where_that_is_faster(monkeypatch):
     wide = {**TINY, "mlp_width": 64}
     for has_hardware in (True, False):
-        monkeypatch.setattr("agents.tdmpc.agent._multiplies_bfloat16", lambda has=has_hardware: has)
+        monkeypatch.setattr("agents.tdmpc.agent.multiplies_bfloat16", lambda has=has_hardware: has)
         assert TDMPC(wide)._precision == (torch.bfloat16 if has_hardware else None)
         assert TDMPC(TINY)._precision is None  # too narrow
         assert TDMPC({**wide, "precision": "float32"})._precision is None

@@ -427,7 +427,7 @@ class TDMPC:
                 size for name, size in self.widths.items() if name.startswith(("dynamics", "reward", "q"))
             ]
             wide = min(hidden) >= BFLOAT16_WIDTH
-            return torch.bfloat16 if wide and self.device.type == "cpu" and _multiplies_bfloat16() else None
+            return torch.bfloat16 if wide and self.device.type == "cpu" and multiplies_bfloat16() else None
         return torch.bfloat16 if chosen == "bfloat16" else None
 
     def _current_planner(self) -> Planner:
@@ -457,7 +457,7 @@ def _copied(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tens
     return {name: tensor.detach().to(device, copy=True) for name, tensor in state.items()}
 
 
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies matrices of bfloat16 in hardware: AMX or AVX-512 BF16."""
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
