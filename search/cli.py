@@ -129,7 +129,13 @@ def _add_search(commands: Any) -> None:
         description="Train the base, prune it in many ways on a Ray cluster, and print the front.",
     )
     _add_experiment(parser)
-    parser.add_argument("--trials", type=int, help="how many trials to run (search.trials)")
+    parser.add_argument("--trials", type=int, help="how many trials to run in all (search.trials)")
+    parser.add_argument(
+        "--hours", type=_finite, help="begin no further trial after so many hours (search.hours)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the search of this name that ended early"
+    )
     parser.add_argument(
         "--address", help="of a running Ray cluster, host:port or auto; default: start one here"
     )

@@ -32,7 +32,7 @@ def search(options: argparse.Namespace) -> int:
     from search.search_command import run
 
     config, path = load(options)
-    return run(config, path, options.address, make_console())
+    return run(config, path, options.address, make_console(), resume=options.resume)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -43,6 +43,7 @@ def train(options: argparse.Namespace) -> int:
     checked = check(*load(options))
     with TrainingProgress("base", make_console()) as progress:
         run, base = checked.train(progress)
+    run.release()
     print(base_line(base, checked.agent.performance.name))
     print(f"Stored in {run.base}; a search of the same experiment and name continues with it.")
     return 0
@@ -121,8 +122,9 @@ def find_run(name_or_path: str, runs: Path) -> RunDirectory:
 def load(options: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
     """The experiment that the arguments describe, and where its run directory belongs."""
     overrides = list(options.overrides)
-    if getattr(options, "trials", None) is not None:
-        overrides.append(f"search.trials={options.trials}")
+    for name in ("trials", "hours"):
+        if getattr(options, name, None) is not None:
+            overrides.append(f"search.{name}={getattr(options, name)}")
     if options.name is not None:
         overrides.append(f"name={json.dumps(options.name)}")
     config = load_experiment(options.experiment, overrides)

@@ -266,6 +266,13 @@ class SearchConfig(_Section):
         seed: of all proposals and trials, >= 0.
         concurrency: trials at a time, >= 1; null fills the resources. With 1, a search repeats bit for bit.
         anchors: start with the dense model, uniform ratios and every pure metric.
+        hours: after which no further trial begins, > 0; those that run are waited for, and the front is made
+            as ever. Counts from the first trial of this start, so a resumed search has them anew. null for no
+            limit.
+        trial_timeout: seconds after which a trial that is still running is stopped and failed, > 0; null for
+            no limit.
+        retries: how often a trial is run again whose worker was lost, >= 0: killed, out of memory, or gone
+            with its machine. A trial that fails by itself is never run again.
     """
 
     trials: int = Field(64, ge=1)
@@ -276,6 +283,9 @@ class SearchConfig(_Section):
     seed: int = Field(0, ge=0)
     concurrency: int | None = Field(None, ge=1)
     anchors: bool = True
+    hours: float | None = Field(None, gt=0)
+    trial_timeout: float | None = Field(None, gt=0)
+    retries: int = Field(2, ge=0)
 
     @field_validator("objectives")
     @classmethod
@@ -322,6 +332,9 @@ class ExperimentConfig(_Section):
 
     Attributes:
         name: of the run directory, the Optuna study and the W&B group: letters, digits, `.`, `-` and `_`.
+        storage: URL of a PostgreSQL database for the Optuna study, `postgresql://user@host/database`; null
+            keeps it in the run directory. A password is better left to PGPASSWORD or ~/.pgpass: of one that
+            is given here no copy is stored.
     """
 
     name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
@@ -331,6 +344,15 @@ class ExperimentConfig(_Section):
     search: SearchConfig = SearchConfig()
     resources: ResourcesConfig = ResourcesConfig()
     wandb: WandbConfig = WandbConfig()
+    storage: str | None = None
+
+    @field_validator("storage")
+    @classmethod
+    def _postgresql(cls, storage: str | None) -> str | None:
+        if storage is not None and not re.match(r"postgres(ql)?(\+psycopg)?://[^/]", storage):
+            reason = "it must be the URL of a PostgreSQL database, such as 'postgresql://user@host/database'"
+            raise Fault(reason, value=shown(_masked(storage)))
+        return storage
 
     @model_validator(mode="after")
     def _known_measurements(self) -> ExperimentConfig:
@@ -342,6 +364,12 @@ class ExperimentConfig(_Section):
     def to_yaml(self) -> str:
         """The resolved experiment, every key written out; `parse_experiment` reads it back equal."""
         return experiment_yaml.dump(self.model_dump(mode="python"))
+
+    def without_secrets(self) -> ExperimentConfig:
+        """The same without a password, to be stored and shown."""
+        if self.storage is None:
+            return self
+        return self.model_copy(update={"storage": _masked(self.storage)})
 
 
 def shipped_experiments() -> tuple[str, ...]:
@@ -436,6 +464,33 @@ def _check_measurements(
         if constraint.name not in measured:
             allowed = nearest(constraint.name, measured)
             raise Fault(f"is not measured: {allowed}", key=f"search.constraints.{constraint.name}")
+
+
+def _masked(url: str) -> str:
+    """A URL whose password, if it has one, is left out."""
+    return re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1@", url)
+
+
+def changes(before: ExperimentConfig, after: ExperimentConfig) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ, as `search.trials`, with both values; a key that one lacks is None."""
+    old = _by_key(before.without_secrets().model_dump(mode="json"))
+    new = _by_key(after.without_secrets().model_dump(mode="json"))
+    return {
+        key: (old.get(key), new.get(key))
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    }
+
+
+def _by_key(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as a flat one, lists whole."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= _by_key(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -1,10 +1,14 @@
-"""An experiment from its configuration to its front: check, train the base, run trials, measure the front."""
+"""An experiment from its configuration to its front: check, train the base, run trials, measure the front.
+
+A search that ended early goes on from its run directory: with `resume`, `check` makes sure that it is the
+same search, and `make_ready` takes in what has finished.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +19,8 @@ from components.errors import nearest
 from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
 from search.base_files import load_base, save_base
 from search.cluster import SearchOutcome, run_search
-from search.config import ExperimentConfig, parse_experiment, resolve_objectives
+from search.config import ExperimentConfig, changes, parse_experiment, resolve_objectives
+from search.config_errors import shown
 from search.determinism import deterministic
 from search.durable_files import write_text
 from search.front import Front
@@ -24,6 +29,7 @@ from search.prepared_base import PreparedBase, prepare
 from search.run_directory import RunDirectory
 from search.space import OptionRange, SearchSpace
 from search.study import Study
+from search.study_database import StudyDatabase
 from search.trial import run_trial
 from search.trial_types import Proposal, TrialResult, TrialSettings, TrialSpec, trial_seed
 
@@ -38,6 +44,7 @@ class CheckedExperiment:
         agent: the untrained, unpruned agent.
         objectives: with directions and units.
         space: what is searched.
+        resume: whether to go on with what is in the run directory.
     """
 
     config: ExperimentConfig
@@ -45,9 +52,12 @@ class CheckedExperiment:
     agent: Agent
     objectives: tuple[Objective, ...]
     space: SearchSpace
+    resume: bool = False
 
     def make_ready(self, progress: Progress) -> ReadySearch:
-        """Make the run directory, train the base and store it, or go on with one that `train` left.
+        """Make the run directory, train the base and store it, or go on with what is there.
+
+        What is there is the base that `train` left or, with `resume`, whatever an earlier search left.
 
         Args:
             progress: is told how far the training of the base is.
@@ -55,17 +65,9 @@ class CheckedExperiment:
         Raises:
             UserError: the run directory is in use, or the base did not learn; nothing is left behind then.
         """
-        if _holds_base_only(self.path, self.config):
-            run = RunDirectory.open(self.path)
-            base = load_base(run.base)
-            write_text(run.experiment, self.config.to_yaml())
-        elif self.config.base.mode == "shared":
-            run, base = self.train(progress)
-        else:
-            run = RunDirectory.create(self.path, self.config.to_yaml())
-            base = untrained_base(
-                self.config.agent.kind, self.agent.options, seed=self.config.base.seed, data=self.agent.data()
-            )
+        database = self.database()
+        database.require_ready(new=not self.resume)
+        run, base = self._run_and_base(progress)
         dense = prepare(base)
         pruning = self.config.pruning
         settings = TrialSettings(
@@ -78,7 +80,26 @@ class CheckedExperiment:
             threads=_threads(self.config),
         )
         keeper = FrontKeeper(run, dense, self.objectives, self.config.search.constraints, settings.threads)
-        return ReadySearch(self.config, run, base, dense, self.objectives, self.space, settings, keeper)
+        notices = run.mend() if self.resume else []
+        keeper.restore(run.read_trials())
+        proposals = run.read_proposals()
+        return ReadySearch(
+            self.config,
+            run,
+            base,
+            dense,
+            self.objectives,
+            self.space,
+            settings,
+            keeper,
+            database,
+            proposals,
+            tuple(notices),
+        )
+
+    def database(self) -> StudyDatabase:
+        """Where the Optuna study is written."""
+        return StudyDatabase(self.config.storage or RunDirectory(self.path).study, self.path.name)
 
     def train(self, progress: Progress) -> tuple[RunDirectory, Base]:
         """Make a run directory that holds the experiment and its base alone; `make_ready` goes on with it.
@@ -86,24 +107,54 @@ class CheckedExperiment:
         Raises:
             UserError: as `make_ready`.
         """
-        run = RunDirectory.create(self.path, self.config.to_yaml())
+        run = RunDirectory.create(self.path, self._stored_experiment)
         try:
-            base = train_base(
-                self.config.agent.kind,
-                self.agent.options,
-                seed=self.config.base.seed,
-                metrics=self.config.pruning.metrics,
-                reconstruction=self.config.pruning.reconstruction,
-                data=self.agent.data(),
-                device=_device(self.config),
-                threads=_threads(self.config),
-                progress=progress,
-            )
-            save_base(base, run.base)
+            return run, self._train_into(run, progress)
         except BaseException:
             shutil.rmtree(run.path, ignore_errors=True)  # made just now, and worth nothing without a base
             raise
-        return run, base
+
+    def _run_and_base(self, progress: Progress) -> tuple[RunDirectory, Base]:
+        """The run directory, claimed, and its base."""
+        shared = self.config.base.mode == "shared"
+        if not self.resume and not _holds_base_only(self.path, self.config):
+            if shared:
+                return self.train(progress)
+            return RunDirectory.create(self.path, self._stored_experiment), self._untrained()
+        run = RunDirectory.open(self.path)
+        run.claim()
+        write_text(run.experiment, self._stored_experiment)
+        if not shared:
+            return run, self._untrained()
+        if (run.base / "metrics.json").is_file():
+            return run, load_base(run.base)
+        return run, self._train_into(run, progress)  # killed before the base was trained
+
+    @property
+    def _stored_experiment(self) -> str:
+        return self.config.without_secrets().to_yaml()
+
+    def _untrained(self) -> Base:
+        config = self.config
+        return untrained_base(
+            config.agent.kind, self.agent.options, seed=config.base.seed, data=self.agent.data()
+        )
+
+    def _train_into(self, run: RunDirectory, progress: Progress) -> Base:
+        """Train the base and store it."""
+        base = train_base(
+            self.config.agent.kind,
+            self.agent.options,
+            seed=self.config.base.seed,
+            metrics=self.config.pruning.metrics,
+            reconstruction=self.config.pruning.reconstruction,
+            data=self.agent.data(),
+            device=_device(self.config),
+            threads=_threads(self.config),
+            progress=progress,
+        )
+        save_base(base, run.base)
+        return base
 
 
 @dataclass(frozen=True)
@@ -119,6 +170,9 @@ class ReadySearch:
         space: what is searched.
         settings: what all trials share.
         keeper: takes in results; its `results` and `members` are the state of the search.
+        database: where the Optuna study is written.
+        proposals: what an earlier search had proposed, by trial number.
+        notices: sentences about what was mended.
     """
 
     config: ExperimentConfig
@@ -129,6 +183,16 @@ class ReadySearch:
     space: SearchSpace
     settings: TrialSettings
     keeper: FrontKeeper
+    database: StudyDatabase
+    proposals: Mapping[int, Proposal] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the trials that are still to run; those that an earlier search was running come first."""
+        finished = {result.number for result in self.keeper.results}
+        open_ones = [number for number in range(self.config.search.trials) if number not in finished]
+        return sorted(open_ones, key=lambda number: number not in self.proposals)
 
     def search(
         self, observers: Sequence[Callable[[TrialResult], None]] = (), address: str | None = None
@@ -150,16 +214,16 @@ class ReadySearch:
             search.sampler,
             search.seed,
             search.constraints,
-            self.run.study,
-            name=self.run.path.name,
+            self.database,
             trials=search.trials,
             anchors=search.anchors,
         )
         try:
+            study.replay(self.keeper.results, self.proposals)
             # One thread here: the cores are the workers', and a sampler's bits depend on the thread count.
             with deterministic(search.seed, threads=1):
                 return run_search(
-                    range(search.trials),
+                    self.numbers,
                     study=study,
                     make_spec=self.specify,
                     run_trial=run_trial,
@@ -175,7 +239,9 @@ class ReadySearch:
             study.close()
 
     def specify(self, number: int, proposal: Proposal) -> TrialSpec:
-        """The specification of one trial."""
+        """The specification of one trial, which is noted in the run directory."""
+        if number not in self.proposals:
+            self.run.append_proposal(number, proposal)
         return TrialSpec.of(number, proposal, trial_seed(self.config.search.seed, number), self.settings)
 
     def finish(self, outcome: SearchOutcome) -> Front:
@@ -184,21 +250,27 @@ class ReadySearch:
         Raises:
             UserError: not one trial was completed; the sentence says why the first failed.
         """
-        if outcome.complete == 0 and not outcome.interrupted:
+        if not outcome.interrupted and not any(result.complete for result in self.keeper.results):
             first = min(self.keeper.results, key=lambda result: result.number)
             raise UserError(
-                f"none of the {outcome.failed} trials was completed, so there is no front: "
+                f"none of the {len(self.keeper.results)} trials was completed, so there is no front: "
                 f"trial {first.number} failed in {first.reason}"
             )
         return self.keeper.finish(measure_again=not outcome.interrupted)
 
 
-def check(config: ExperimentConfig, path: Path) -> CheckedExperiment:
+def check(config: ExperimentConfig, path: Path, *, resume: bool = False) -> CheckedExperiment:
     """Everything that can be checked before the work begins; nothing is written.
+
+    Args:
+        config: the experiment.
+        path: of the run directory.
+        resume: go on with what is there; it has to be the same search, but for its budget and resources.
 
     Raises:
         UserError: an unknown agent, option, fine-tuning method or objective, an option that cannot be
-            searched, nothing to prune, a budget too small for the space, or a run directory that is in use.
+            searched, nothing to prune, a budget too small for the space, a run directory that is in use, or
+            one that is to be resumed and is of another search.
     """
     kind = config.agent.kind
     agent = agent_class(kind)(config.agent.options)
@@ -207,7 +279,9 @@ def check(config: ExperimentConfig, path: Path) -> CheckedExperiment:
         known = nearest(method, agent.fine_tune_methods)
         raise UserError(f"pruning.fine_tune.method is {method!r}, which {kind} does not have: {known}")
     objectives = resolve_objectives(config.search.objectives, config.search.constraints, agent.performance)
-    if path.exists() and not _holds_base_only(path, config):
+    if resume:
+        _require_same_search(path, config)
+    elif path.exists() and not _holds_base_only(path, config):
         raise RunDirectory.in_use(path)
     graph = trace_agent(agent, agent.calibration_inputs(TRACE_ROWS, config.base.seed))
     space = SearchSpace.build(
@@ -220,7 +294,42 @@ def check(config: ExperimentConfig, path: Path) -> CheckedExperiment:
         shared=shared_ratios(agent),
         options=_option_ranges(config, agent),
     )
-    return CheckedExperiment(config, path, agent, objectives, space)
+    return CheckedExperiment(config, path, agent, objectives, space, resume)
+
+
+FREE_KEYS = (
+    "search.trials",
+    "search.sampler",
+    "search.seed",
+    "search.concurrency",
+    "search.hours",
+    "search.trial_timeout",
+    "search.retries",
+    "resources.",
+    "wandb.",
+    "storage",
+)
+"""What may change when a search goes on: its trials stay comparable with those that have finished."""
+
+
+def _require_same_search(path: Path, config: ExperimentConfig) -> None:
+    """Refuse to go on with a search by other rules, naming every difference.
+
+    Raises:
+        UserError: there is nothing to go on with, or it is another search.
+    """
+    run = RunDirectory.open(path)
+    before = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))
+    different = [
+        f"{key} was {shown(old)} and is now {shown(new)}"
+        for key, (old, new) in changes(before, config).items()
+        if not key.startswith(FREE_KEYS)
+    ]
+    if different:
+        raise UserError(
+            f"{path} cannot be resumed as another search: {'; '.join(different)}: take that back, or start a "
+            "search of its own with --name"
+        )
 
 
 def _option_ranges(config: ExperimentConfig, agent: Agent) -> dict[str, OptionRange]:

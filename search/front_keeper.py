@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from agents.agent import Objective
+from components import UserError
 from search.base import retention
 from search.bundle import add_test_measurements, load_bundle, save_bundle
 from search.config import Constraint
@@ -47,22 +48,43 @@ class FrontKeeper:
     def record(self, result: TrialResult) -> None:
         """Store a finished trial for good, and a bundle of it if it is on the front now.
 
-        In this order, so that a crash at any point leaves a directory that is true: the record, the bundle,
-        front.json, and only then the removal of bundles that have left the front.
+        In this order, so that a crash at any point loses nothing: the bundle, whose state exists nowhere
+        else; the record, by which the trial has finished; front.json; and only then the removal of bundles
+        that have left the front. What a crash leaves undone, `restore` does.
         """
-        self._run.append_trial(result)
         slim = replace(result, state=None)
-        self.results.append(slim)
-        if not result.complete:
-            return
         # A dominated trial never comes back, so only the present members can stay.
-        members = front_results([*self.members, slim], self._objectives, self._constraints)
-        if slim not in members:
+        candidates = [*self.members, slim] if result.complete else self.members
+        members = front_results(candidates, self._objectives, self._constraints)
+        joins = slim in members
+        if joins:
+            save_bundle(self._run.bundle(result.number), self._dense, result, self._threads)
+        self._run.append_trial(result)
+        self.results.append(slim)
+        if not joins:
             return
-        save_bundle(self._run.bundle(result.number), self._dense, result, self._threads)
         self.members = members
         self._run.write_front(self.front().to_json())
         self._run.remove_bundles_but(member.number for member in members)
+
+    def restore(self, results: Sequence[TrialResult]) -> None:
+        """Take in the trials of an earlier search in this directory, and make the rest of it agree with them.
+
+        Raises:
+            UserError: a trial of the front has no bundle any more.
+        """
+        self.results = list(results)
+        complete = [result for result in results if result.complete]
+        self.members = front_results(complete, self._objectives, self._constraints)
+        lost = sorted({member.number for member in self.members} - self._run.bundles())
+        if lost:
+            raise UserError(
+                f"{self._run.models} has no bundle of trial {lost[0]}, which is on the front: restore it, or "
+                "start a search of its own with --name"
+            )
+        self._run.remove_bundles_but(member.number for member in self.members)
+        if complete:
+            self._run.write_front(self.front().to_json())
 
     def front(self, remeasured: Mapping[int, Remeasured] | None = None) -> Front:
         """The present front."""

@@ -1,26 +1,35 @@
 """The study directory: the only place that a search writes to, and what it can be read back from.
 
 `trials.jsonl` is the source of truth: one line per finished trial, on the disk before anybody learns of it.
-Everything else can be lost and found again from it, or is replaced atomically.
+Everything else can be lost and found again from it, or is replaced atomically. `proposals.jsonl` remembers
+what was asked for, so that a search that was killed can run again what it was running.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from components.errors import UserError
 from search.durable_files import CorruptFileError, one_line, read_json, sync_directory, write_json, write_text
-from search.trial_types import TrialResult
+from search.trial_types import Proposal, TrialResult
+
+T = TypeVar("T")
 
 
 class RunDirectory:
-    """`runs/<name>/`: experiment.yaml, base/, trials.jsonl, study.db, models/<trial>/, front.json, wandb/."""
+    """`runs/<name>/`: experiment.yaml, base/, trials.jsonl, study.db, models/<trial>/, front.json, wandb/.
+
+    One process at a time may write to it: the one that has claimed it.
+    """
 
     def __init__(self, path: Path) -> None:
         """Use a directory that exists; see `create` and `open`."""
@@ -28,14 +37,17 @@ class RunDirectory:
         self.experiment = path / "experiment.yaml"
         self.base = path / "base"
         self.trials = path / "trials.jsonl"
+        self.proposals = path / "proposals.jsonl"
         self.study = path / "study.db"
         self.models = path / "models"
         self.front = path / "front.json"
         self.wandb = path / "wandb"
+        self.lock = path / "lock"
+        self._claim: int | None = None
 
     @classmethod
     def create(cls, path: Path, experiment_yaml: str) -> RunDirectory:
-        """Make a run directory holding the resolved experiment; parents are made as needed.
+        """Make a run directory holding the resolved experiment, and claim it; parents are made as needed.
 
         Raises:
             UserError: the path exists; nothing in it is touched.
@@ -46,6 +58,7 @@ class RunDirectory:
         except FileExistsError:
             raise cls.in_use(path) from None
         run = cls(path)
+        run.claim()
         write_text(run.experiment, experiment_yaml)
         sync_directory(path.parent)
         return run
@@ -54,7 +67,8 @@ class RunDirectory:
     def in_use(path: Path) -> UserError:
         """What to raise where a run directory is to be made and something is there."""
         return UserError(
-            f"{path} exists and is not overwritten: choose another name with --name, or remove it"
+            f"{path} exists and is not overwritten: go on with it by --resume, choose another name with "
+            "--name, or remove it"
         )
 
     @classmethod
@@ -71,56 +85,92 @@ class RunDirectory:
             raise UserError(f"{path} is not a run directory: it has no {run.experiment.name}")
         return run
 
+    def claim(self) -> None:
+        """Become the one process that writes here, until `release` or the end of the process.
+
+        Raises:
+            UserError: another one is.
+        """
+        if self._claim is not None:
+            return
+        descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                owner = os.read(descriptor, 100).decode(errors="replace").strip()
+                os.close(descriptor)
+                raise UserError(
+                    f"{self.path} is in use by another search{f' (process {owner})' if owner else ''}: "
+                    "wait for it, or stop it with Ctrl-C"
+                ) from None
+            # A file system without locks: better unprotected than unusable.
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode())
+        self._claim = descriptor
+
+    def release(self) -> None:
+        """Let another process write here."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
     def append_trial(self, result: TrialResult) -> None:
         """Add one line to trials.jsonl; it is on the disk when this returns.
 
         Raises:
             ValueError: a measurement is not finite.
+            OSError: it could not be written; the file is as it was before.
         """
-        line = (
-            json.dumps(result.to_record(), allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n"
-        )
-        new = not self.trials.exists()
-        with self.trials.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            sync_directory(self.path)
+        _append(self.trials, result.to_record(), durable=True)
+
+    def append_proposal(self, number: int, proposal: Proposal) -> None:
+        """Note what trial `number` is to do, before it begins.
+
+        Not forced onto the disk: a proposal that a power failure takes is made again, and nobody has it yet.
+        """
+        _append(self.proposals, {"trial": number, **proposal.to_record()}, durable=False)
 
     def read_trials(self) -> list[TrialResult]:
         """The finished trials, in the order in which they finished; their states are in the bundles.
 
-        A last line that was cut off by a crash is left out with a warning.
+        A last line that was cut off by a crash is left out with a warning; see `mend`.
 
         Raises:
             CorruptFileError: any other line is no record of a trial, or a trial is there twice.
         """
-        if not self.trials.exists():
-            return []
-        lines = self.trials.read_bytes().split(b"\n")
         results: list[TrialResult] = []
         seen: set[int] = set()
-        for place, line in enumerate(lines, start=1):
-            last = place == len(lines)  # what follows the last newline: nothing, or a line cut off
-            if last and not line:
-                break
-            try:
-                result = TrialResult.from_record(json.loads(line, parse_constant=_refuse_constant))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                if last:
-                    warnings.warn(
-                        f"{self.trials}, line {place}: the last line is cut off and left out", stacklevel=2
-                    )
-                    break
-                raise CorruptFileError(
-                    f"{self.trials}, line {place} is corrupt: {type(error).__name__}: {one_line(error)}"
-                ) from None
+        for place, result in _read_lines(self.trials, TrialResult.from_record):
             if result.number in seen:
                 raise CorruptFileError(f"{self.trials}, line {place}: trial {result.number} is there twice")
             seen.add(result.number)
             results.append(result)
         return results
+
+    def read_proposals(self) -> dict[int, Proposal]:
+        """Trial number -> what it was last to do, finished or not."""
+        return dict(proposal for _, proposal in _read_lines(self.proposals, _numbered_proposal))
+
+    def mend(self) -> list[str]:
+        """Cut off what a crash left half written at the end of trials.jsonl and proposals.jsonl.
+
+        Returns one sentence for each file that was mended. The trial of a line that is cut off runs again.
+        """
+        notices = []
+        for path in (self.trials, self.proposals):
+            if not path.exists():
+                continue
+            with path.open("r+b") as file:
+                content = file.read()
+                whole = content.rfind(b"\n") + 1
+                if whole == len(content):
+                    continue
+                file.truncate(whole)
+                os.fsync(file.fileno())
+            if path == self.trials:
+                notices.append(f"{path}: its last line was cut off by a crash and has been removed")
+        return notices
 
     def write_front(self, front: Mapping[str, Any]) -> None:
         """Replace front.json, atomically."""
@@ -150,6 +200,52 @@ class RunDirectory:
         """Remove the bundles of all other trials: those that have left the front."""
         for number in self.bundles() - set(numbers):
             shutil.rmtree(self.bundle(number))
+
+
+def _append(path: Path, record: Mapping[str, Any], *, durable: bool) -> None:
+    """Add one line of JSON, whole or not at all."""
+    line = json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n"
+    new = not path.exists()
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(line.encode()) != len(line.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            if durable:
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
+    if new and durable:
+        sync_directory(path.parent)
+
+
+def _read_lines(path: Path, read: Callable[[Mapping[str, Any]], T]) -> Iterator[tuple[int, T]]:
+    """(line number, what the line means) of a file of JSON lines; nothing where there is no such file.
+
+    Raises:
+        CorruptFileError: a line other than one that was cut off at the end does not mean anything.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for place, line in enumerate(lines, start=1):
+        last = place == len(lines)  # what follows the last newline: nothing, or a line cut off
+        if last and not line:
+            return
+        try:
+            value = read(json.loads(line, parse_constant=_refuse_constant))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
+            if last:
+                warnings.warn(f"{path}, line {place}: the last line is cut off and left out", stacklevel=3)
+                return
+            raise CorruptFileError(
+                f"{path}, line {place} is corrupt: {type(error).__name__}: {one_line(error)}"
+            ) from None
+        yield place, value
+
+
+def _numbered_proposal(record: Mapping[str, Any]) -> tuple[int, Proposal]:
+    return int(record["trial"]), Proposal.from_record(record)
 
 
 def _refuse_constant(constant: str) -> float:

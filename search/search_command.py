@@ -22,7 +22,6 @@ from search.front_table import (
 )
 from search.paste import command_name
 from search.progress import SearchProgress, TrainingProgress, duration
-from search.run_directory import RunDirectory
 from search.trial_types import TrialResult
 from search.wandb_logger import WandbLogger
 
@@ -33,18 +32,40 @@ INTERRUPTED_SECONDS = 5.0
 """What W&B gets to finish after Ctrl-C; `wandb sync` and trials.jsonl have the rest."""
 
 
-def run(config: ExperimentConfig, path: Path, address: str | None, console: Console) -> int:
+def run(
+    config: ExperimentConfig, path: Path, address: str | None, console: Console, *, resume: bool = False
+) -> int:
     """Search, print the front, and return the exit code: 0, or 130 after Ctrl-C.
+
+    Args:
+        config: the experiment.
+        path: of the run directory.
+        address: of a running cluster; None starts one on this machine.
+        console: where everything is shown.
+        resume: go on with the search in the run directory.
 
     Raises:
         UserError: the experiment cannot run, or no trial was completed.
     """
-    checked = check(config, path)
+    checked = check(config, path, resume=resume)
     console.print(plan_line(checked), soft_wrap=True, highlight=False)
     with TrainingProgress("base", console) as progress:
         ready = checked.make_ready(progress)
+    try:
+        return _run(ready, address, console)
+    finally:
+        ready.run.release()
+
+
+def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
+    """See `run`."""
+    config = ready.config
+    for notice in ready.notices:
+        console.print(f"Note: {notice}", soft_wrap=True, highlight=False, markup=False)
     if ready.base.trained:
         console.print(base_line(ready.base, ready.dense.agent.performance.name), highlight=False)
+    if ready.keeper.results:
+        console.print(resumption_line(ready), soft_wrap=True, highlight=False)
     warnings: list[str] = []
     wandb = config.wandb
     with WandbLogger(
@@ -53,24 +74,25 @@ def run(config: ExperimentConfig, path: Path, address: str | None, console: Cons
         mode=wandb.mode,
         project=wandb.project,
         entity=wandb.entity,
-        config=config.model_dump(mode="json"),
+        config=config.without_secrets().model_dump(mode="json"),
         warn=warnings.append,
     ) as logger:
         with SearchProgress(config.search.trials, console) as display:
             outcome = ready.search([Watcher(ready, display, logger)], address)
         front = ready.finish(outcome)
-        counts = {"complete": outcome.complete, "failed": outcome.failed}
+        complete = sum(result.complete for result in ready.keeper.results)
+        counts = {"complete": complete, "failed": len(ready.keeper.results) - complete}
         logger.finish(front.to_json()["trials"], {**front.hypervolumes(), **counts})
-        if outcome.complete:
+        if complete:
             print_results(ready, front, outcome, console)
-            for title, value in next_steps(ready.run, front, logger):
+            for title, value in next_steps(ready, front, logger):
                 console.print(f"{title + ':':<11}{value}", soft_wrap=True, highlight=False, markup=False)
         if outcome.interrupted:
             logger.close(INTERRUPTED_SECONDS)
     for warning in warnings:
         console.print(f"Note: {warning}", soft_wrap=True, highlight=False, markup=False)
     if outcome.interrupted:
-        print(interruption_line(ready.run, outcome), file=sys.stderr)
+        print(interruption_line(ready), file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -121,6 +143,17 @@ def plan_line(checked: CheckedExperiment) -> str:
     )
 
 
+def resumption_line(ready: ReadySearch) -> str:
+    """What a resumed search starts from."""
+    finished, left = len(ready.keeper.results), len(ready.numbers)
+    again = sum(number in ready.proposals for number in ready.numbers)
+    repeated = f", {again} of which had begun and run again first" if again else ""
+    return (
+        f"Resumed with {finished} finished trials, of which {len(ready.keeper.members)} are on the front; "
+        + (f"{left} are to run{repeated}." if left else "none is left to run.")
+    )
+
+
 def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, console: Console) -> None:
     """The front, what failed and where the time went."""
     results = ready.keeper.results
@@ -143,9 +176,9 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
     console.print()
 
 
-def next_steps(run: RunDirectory, front: Front, logger: WandbLogger) -> list[tuple[str, str]]:
+def next_steps(ready: ReadySearch, front: Front, logger: WandbLogger) -> list[tuple[str, str]]:
     """Where to look next, as (title, path or command to paste)."""
-    steps = []
+    run, steps = ready.run, []
     if front.trials:
         best = max(trial.retention for trial in front.trials)
         wish = "--min-retention 0.9" if best >= 0.9 else "--knee"
@@ -153,7 +186,8 @@ def next_steps(run: RunDirectory, front: Front, logger: WandbLogger) -> list[tup
     steps.append(("Front", str(run.front)))
     dashboard = Path(sys.executable).with_name("optuna-dashboard")
     if dashboard.exists() or shutil.which("optuna-dashboard"):
-        steps.append(("Optuna", f"{command_name('optuna-dashboard')} sqlite:///{run.study}"))
+        database = ready.config.without_secrets().storage or f"sqlite:///{run.study}"
+        steps.append(("Optuna", f"{command_name('optuna-dashboard')} {database}"))
     if logger.mode == "online":
         steps.append(("W&B", f"online, and in {logger.directory}"))
     elif logger.mode != "disabled":
@@ -162,8 +196,9 @@ def next_steps(run: RunDirectory, front: Front, logger: WandbLogger) -> list[tup
     return steps
 
 
-def interruption_line(run: RunDirectory, outcome: SearchOutcome) -> str:
-    """What an interrupted search has kept, in one sentence."""
-    finished = outcome.complete + outcome.failed
+def interruption_line(ready: ReadySearch) -> str:
+    """What an interrupted search has kept, and how it goes on, in one sentence."""
+    finished = len(ready.keeper.results)
     kept = f"the {finished} trials that had finished are" if finished else "nothing but the base is"
-    return f"prunefront: interrupted; {kept} kept in {run.path}"
+    again = "the same command with --resume goes on from there"
+    return f"prunefront: interrupted; {kept} kept in {ready.run.path}; {again}"

@@ -1,8 +1,8 @@
-"""The study: proposes trials and learns from results. Sole owner of Optuna.
+"""The study: proposes trials and learns from results; with `study_database`, the sole owner of Optuna.
 
 The sampler works on a study in memory. `ask` gives every proposal a fresh sampler seeded from (seed, trial
 number), so that a proposal depends on the seed and on what was told, never on how a process came there. The
-database is a projection for people to look at: a thread of its own writes it, and its faults harm nothing.
+database is a projection for people to look at: see `study_database`.
 
 Not thread-safe: one thread asks and tells.
 """
@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
-import sqlite3
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +24,8 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from search.pareto import Direction
 from search.space import Anchor, Dimension, Params, SearchSpace
+from search.study_database import StudyDatabase
 from search.trial_types import Proposal, TrialResult
 
 if TYPE_CHECKING:
@@ -47,9 +43,6 @@ STARTUP_TRIALS = 10
 PROPOSALS = 8
 """Attempts at a proposal that was not made before."""
 
-FLUSH_SECONDS = 30.0
-"""How long `Study.close` waits for the database."""
-
 
 class Study:
     """Asks a sampler for proposals and tells it what became of them.
@@ -63,8 +56,7 @@ class Study:
         sampler: `tpe` (multivariate), `nsga2`, `gp` or `random`.
         seed: of all proposals.
         constraints: what feasible trials meet; samplers prefer those.
-        database: SQLite file for optuna-dashboard; None writes none.
-        name: of the study in the database.
+        database: where finished trials are written for people to look at; None writes none.
         trials: the budget; it sizes the population of `nsga2`.
         anchors: start with the space's anchors.
     """
@@ -76,9 +68,8 @@ class Study:
         sampler: Sampler = "tpe",
         seed: int = 0,
         constraints: Sequence[Constraint] = (),
-        database: Path | None = None,
+        database: StudyDatabase | None = None,
         *,
-        name: str = "prunefront",
         trials: int = 64,
         anchors: bool = True,
     ) -> None:
@@ -98,8 +89,11 @@ class Study:
         self._running: dict[int, Trial] = {}
         self._finished: set[int] = set()
         self._decisions: set[tuple[object, ...]] = set()
-        names = [f"log {o.name}" if o.name in LOGARITHMIC else o.name for o in self._objectives]
-        self._projection = None if database is None else _Projection(database, name, directions, names)
+        self._remembered: Mapping[int, Proposal] = {}
+        self._database = database
+        if database is not None:
+            names = [f"log {o.name}" if o.name in LOGARITHMIC else o.name for o in self._objectives]
+            database.start(directions, names)
 
     def ask(self, number: int) -> Proposal:
         """What trial `number` is to do, and who proposed it: `anchor: dense`, `tpe`...
@@ -111,12 +105,16 @@ class Study:
         """
         if number in self._running or number in self._finished:
             raise ValueError(f"trial {number} was asked for before")
-        if number < len(self._anchors):
+        earlier = self._remembered.get(number)
+        if earlier is not None:
+            trial, origin = self._enqueue(self._params_of(earlier)), earlier.origin
+        elif number < len(self._anchors):
             anchor = self._anchors[number]
             trial, origin = self._enqueue(anchor.params), f"anchor: {anchor.label}"
         else:
             trial, origin = self._propose(number), self._sampler_name
-        proposal = Proposal(self._space.to_plan(trial.params), origin, self._space.to_options(trial.params))
+        params = dict(trial.params)
+        proposal = Proposal(self._space.to_plan(params), origin, self._space.to_options(params), params)
         self._decisions.add(self._space.decision(proposal.plan, proposal.options))
         self._running[number] = trial
         return proposal
@@ -131,9 +129,50 @@ class Study:
         """
         if result.number in self._finished:
             return
-        trial = self._running.pop(result.number, None)
-        if trial is None:
+        if result.number not in self._running:
             raise ValueError(f"trial {result.number} was never asked for")
+        finished = self._tell(result)
+        if self._database is not None:
+            self._database.put(finished)
+
+    def replay(self, results: Iterable[TrialResult], proposals: Mapping[int, Proposal] | None = None) -> None:
+        """Rebuild the study from earlier results of the same search, in the order of their numbers.
+
+        Anchors and proposals continue with the numbers that are not among them.
+
+        Args:
+            results: of all trials that have finished.
+            proposals: what was proposed earlier, by trial number. Those of unfinished trials are proposed
+                again under their numbers. Those of finished ones say what the sampler saw; without them the
+                scale of mixing coordinates is lost, and later proposals need not equal, bit for bit, those of
+                a search that was never interrupted.
+
+        Raises:
+            ValueError: a number was asked for before.
+            UserError: a plan does not fit the space.
+        """
+        self._remembered = dict(proposals or {})
+        finished = []
+        for result in sorted(results, key=lambda result: result.number):
+            if result.number in self._running or result.number in self._finished:
+                raise ValueError(f"trial {result.number} was asked for before")
+            proposal = self._remembered.get(result.number)
+            if proposal is None or proposal.plan != result.plan:
+                proposal = Proposal(result.plan, result.origin, result.options)
+            self._running[result.number] = self._enqueue(self._params_of(proposal))
+            self._decisions.add(self._space.decision(result.plan, result.options))
+            finished.append(self._tell(result))
+        if self._database is not None:
+            self._database.put(*finished)
+
+    def close(self) -> None:
+        """Wait until the database has everything, unless it takes nothing; the study may be used no more."""
+        if self._database is not None:
+            self._database.close()
+
+    def _tell(self, result: TrialResult) -> tuple[int, FrozenTrial]:
+        """Tell the sampler of a trial that runs; returns what the database is to hold of it."""
+        trial = self._running.pop(result.number)
         self._finished.add(result.number)
         outcome = self._judge(result)
         attributes = _attributes(result, outcome)
@@ -145,31 +184,17 @@ class Study:
             for key, violation in outcome.violations.items():
                 trial.set_constraint(key, violation)
             self._optuna.tell(trial, outcome.values)
-        if self._projection is not None:
-            self._projection.put(result.number, self._projected(result, trial.params, outcome, attributes))
+        return result.number, self._projected(result, trial.params, outcome, attributes)
 
-    def replay(self, results: Iterable[TrialResult]) -> None:
-        """Rebuild the study from earlier results of the same search, in the order of their numbers.
-
-        Anchors and proposals continue with the numbers that are not among them. Mixing coordinates are
-        recovered from the plans up to their scale, so later proposals need not equal, bit for bit, those of a
-        search that was never interrupted.
-
-        Raises:
-            ValueError: a number was asked for before.
-            UserError: a plan does not fit the space.
-        """
-        for result in sorted(results, key=lambda result: result.number):
-            if result.number in self._running or result.number in self._finished:
-                raise ValueError(f"trial {result.number} was asked for before")
-            self._running[result.number] = self._enqueue(self._space.params_of(result.plan, result.options))
-            self._decisions.add(self._space.decision(result.plan, result.options))
-            self.tell(result)
-
-    def close(self) -> None:
-        """Wait until the database has everything, or for half a minute; the study may be used no more."""
-        if self._projection is not None:
-            self._projection.close()
+    def _params_of(self, proposal: Proposal) -> Params:
+        """The point of the space that was proposed: as it was noted, if it fits, or else from the plan."""
+        dimensions = {dimension.name: dimension for dimension in self._space.dimensions}
+        noted = proposal.params
+        if noted.keys() == dimensions.keys() and all(
+            dimensions[name].low <= value <= dimensions[name].high for name, value in noted.items()
+        ):
+            return dict(noted)
+        return self._space.params_of(proposal.plan, proposal.options)
 
     def _enqueue(self, params: Params) -> Trial:
         """A trial with given params."""
@@ -298,88 +323,3 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _Projection:
-    """Writes finished trials into an SQLite study from a thread of its own.
-
-    A trial that cannot be written is tried again with the next one and when closing; the first fault is
-    logged. A study that is there already keeps its trials, and none is written twice.
-    """
-
-    def __init__(
-        self, path: Path, name: str, directions: Sequence[Direction], metric_names: Sequence[str]
-    ) -> None:
-        self._path = path
-        self._name = name
-        self._directions = list(directions)
-        self._metric_names = list(metric_names)
-        self._inbox: queue.SimpleQueue[tuple[int, FrozenTrial] | None] = queue.SimpleQueue()
-        self._storage: optuna.storages.RDBStorage | None = None
-        self._study: optuna.Study | None = None
-        self._written: set[int] = set()
-        self._faulty = False
-        self._thread = threading.Thread(target=self._run, name="study-database", daemon=True)
-        self._thread.start()
-
-    def put(self, number: int, trial: FrozenTrial) -> None:
-        """Hand over a finished trial; returns at once."""
-        self._inbox.put((number, trial))
-
-    def close(self) -> None:
-        """Wait for what was handed over."""
-        self._inbox.put(None)
-        self._thread.join(FLUSH_SECONDS)
-        if self._thread.is_alive():
-            logger.warning("%s is still being written and may lack the last trials", self._path)
-
-    def _run(self) -> None:
-        pending: list[tuple[int, FrozenTrial]] = []
-        while (item := self._inbox.get()) is not None:
-            pending.append(item)
-            self._write(pending)
-        self._write(pending)
-        if self._storage is not None:
-            self._storage.remove_session()
-            self._storage.engine.dispose()
-
-    def _write(self, pending: list[tuple[int, FrozenTrial]]) -> None:
-        """Write from the front of the list, removing what is written, until a fault."""
-        try:
-            while pending:
-                number, trial = pending[0]
-                study = self._study or self._open()
-                if number not in self._written:
-                    study.add_trial(trial)
-                    self._written.add(number)
-                del pending[0]
-        except Exception as error:
-            if not self._faulty:
-                self._faulty = True
-                logger.warning("%s cannot be written, the search goes on: %s", self._path, _first_line(error))
-
-    def _open(self) -> optuna.Study:
-        def connect() -> sqlite3.Connection:
-            connection = sqlite3.connect(self._path, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            return connection
-
-        # The URL only chooses the dialect: connections come from `connect`, whatever characters the path has.
-        storage = optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
-        study = optuna.create_study(
-            storage=storage, study_name=self._name, directions=self._directions, load_if_exists=True
-        )
-        identifier = storage.get_study_id_from_name(self._name)
-        storage.set_study_system_attr(identifier, "study:metric_names", self._metric_names)
-        self._written = {
-            trial.user_attrs["trial"]
-            for trial in study.get_trials(deepcopy=False)
-            if "trial" in trial.user_attrs
-        }
-        self._storage, self._study = storage, study
-        return study
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", maxsplit=1)[0] or type(error).__name__

@@ -50,11 +50,35 @@ class Proposal:
         plan: what to prune, and by which mixture of importance metrics.
         origin: who proposed it: `anchor: dense`, `anchor: uniform 50 %`, `tpe` ...
         options: options of the agent that are searched, and their values; the others are those of the base.
+        params: the point of the search space that this is, as the sampler sees it: more than the plan, which
+            leaves the scale of mixing coordinates open. Empty where it is not known.
     """
 
     plan: PruningPlan
     origin: str
     options: Mapping[str, int] = field(default_factory=dict)
+    params: Mapping[str, float] = field(default_factory=dict)
+
+    def to_record(self) -> dict[str, Any]:
+        """The JSON-able form, exact, floats included."""
+        return {
+            "origin": self.origin,
+            "coefficients": _plain(self.plan.coefficients),
+            "ratios": dict(self.plan.ratios),
+            "options": dict(self.options),
+            "params": dict(self.params),
+        }
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Proposal:
+        """The proposal of a record.
+
+        Raises:
+            KeyError, TypeError, ValueError, UserError: the record was not made by `to_record`.
+        """
+        plan = PruningPlan(coefficients=record["coefficients"], ratios=record["ratios"])
+        # Records of before lack options and params.
+        return Proposal(plan, record["origin"], record.get("options", {}), record.get("params", {}))
 
 
 @dataclass(frozen=True)

@@ -43,14 +43,22 @@ def run_serially(
     return SearchOutcome(complete, failed, interrupted=False, concurrency=1, seconds=0.0)
 
 
-def make_ready(path: Path, *overrides: str) -> ReadySearch:
+def make_ready(path: Path, *overrides: str, resume: bool = False) -> ReadySearch:
     """The search of `EXPERIMENT` with overrides, its base trained."""
     config = parse_experiment(EXPERIMENT, name=path.name, overrides=overrides)
-    return check(config, path).make_ready(lambda done, total, note: None)
+    return check(config, path, resume=resume).make_ready(lambda done, total, note: None)
+
+
+def finish(ready: ReadySearch) -> Front:
+    """Run all its trials and measure the front; the run directory is free afterwards, whatever happens."""
+    try:
+        with patch("search.experiment.run_search", run_serially):
+            return ready.finish(ready.search())
+    finally:
+        ready.run.release()
 
 
 def search_serially(path: Path, *overrides: str) -> tuple[ReadySearch, Front]:
     """Run all trials of the search of `EXPERIMENT` with overrides, and finish."""
     ready = make_ready(path, *overrides)
-    with patch("search.experiment.run_search", run_serially):
-        return ready, ready.finish(ready.search())
+    return ready, finish(ready)

@@ -20,6 +20,7 @@ from search.config import (
     ExperimentConfig,
     Metric,
     OptionBounds,
+    changes,
     load_experiment,
     parse_experiment,
     resolve_objectives,
@@ -80,9 +81,13 @@ search:
   seed: 4
   concurrency: 2
   anchors: false
+  hours: 1.5
+  trial_timeout: 600
+  retries: 0
   options: {samples: [32, 256], iterations: [1, 6]}
 resources: {cpus: 0.5, gpus: 0.25}
 wandb: {mode: offline, project: mine, entity: us}
+storage: postgresql://me@host/studies
 """
     config = load(text=text)
     assert config.agent.options == {
@@ -174,12 +179,12 @@ def test_faults_of_an_override_name_the_override() -> None:
         (
             "search.trails=3",
             "unknown key search.trails: did you mean 'trials'? allowed: anchors, concurrency, constraints, "
-            "objectives, options, sampler, seed, trials",
+            "hours, objectives, options, retries, sampler, seed, trial_timeout, trials",
         ),
         (
             "trials=3",
             "unknown key trials: did you mean 'search.trials'? allowed here: agent, base, name, pruning, "
-            "resources, search, wandb",
+            "resources, search, storage, wandb",
         ),
         (
             "pruning.fine_tune.methods=x",
@@ -280,10 +285,39 @@ def test_faults_of_an_override_name_the_override() -> None:
         ("agent.rate=.inf", "agent.rate is inf: it must be a finite number"),
         ("agent.deep=[{rate: .nan}]", "agent.deep.0.rate is nan: it must be a finite number"),
         ("agent.kind=3", "agent.kind is 3: it must be text, not empty"),
+        ("search.hours=0", "search.hours is 0: it must be a number, above 0, or null"),
+        ("search.trial_timeout=-1", "search.trial_timeout is -1: it must be a number, above 0, or null"),
+        ("search.retries=-1", "search.retries is -1: it must be a whole number, at least 0"),
+        (
+            "storage=mysql://here/x",
+            "storage is 'mysql://here/x': it must be the URL of a PostgreSQL database, such as "
+            "'postgresql://user@host/database'",
+        ),
     ],
 )
 def test_refusals_say_key_value_and_what_is_allowed(override: str, expected: str) -> None:
     assert refusal(override) == f"--set {override}: {expected}"
+
+
+def test_no_copy_of_a_password_is_kept() -> None:
+    config = load("storage=postgresql://me:p%2Fss:w@host:5432/studies?sslmode=require")
+    kept = config.without_secrets()
+    assert kept.storage == "postgresql://me@host:5432/studies?sslmode=require"
+    assert "ss:w" not in kept.to_yaml()
+    assert changes(kept, config) == {}
+    assert "secret" not in refusal("storage=mysql://me:secret@here/x").partition(": ")[2]
+
+
+def test_changes_are_named_by_their_keys() -> None:
+    before = load("search.trials=3", "agent.hidden=[8, 4]", "search.constraints={retention: '>= 0.5'}")
+    after = load("search.trials=4", "agent.hidden=[8, 5, 2]", "pruning.max_ratio=0.5")
+    assert changes(before, before) == {}
+    assert changes(before, after) == {
+        "agent.hidden": ([8, 4], [8, 5, 2]),
+        "pruning.max_ratio": (0.98, 0.5),
+        "search.constraints.retention": (">= 0.5", None),
+        "search.trials": (3, 4),
+    }
 
 
 def test_the_same_fault_in_a_file_names_the_file() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from search.durable_files import (
     write_text,
 )
 from search.run_directory import RunDirectory
-from search.trial_types import TrialResult, trial_seed
+from search.trial_types import Proposal, TrialResult, trial_seed
 
 
 def result(number: int = 0, **changes: object) -> TrialResult:
@@ -48,6 +50,14 @@ def result(number: int = 0, **changes: object) -> TrialResult:
         finished="2026-01-01T00:00:01.000+00:00",
     )
     return dataclasses.replace(complete, **changes)  # type: ignore[arg-type]
+
+
+PROPOSAL = Proposal(
+    PruningPlan({"encoder": {"l2": 0.1 + 0.2}, "coupling": {"l2": 1.0}}, {"latent": 1 / 3}),
+    "tpe",
+    {"samples": 64},
+    {"keep/latent": 2 / 3, "mix/l2": 0.1 + 0.2},
+)
 
 
 @pytest.fixture
@@ -172,6 +182,68 @@ def test_every_line_is_synced_before_append_returns(run, monkeypatch):
     assert synced[2:] == [str(run.trials)]
 
 
+def test_a_line_that_does_not_fit_on_the_disk_leaves_no_trace(run, monkeypatch):
+    run.append_trial(result(0))
+    before = run.trials.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            run.append_trial(result(1))
+    assert run.trials.read_bytes() == before
+    run.append_trial(result(1))
+    assert run.read_trials() == [result(0), result(1)]
+
+
+@pytest.mark.parametrize("cut", [1, 20, 200])
+def test_a_line_that_a_crash_cut_off_is_removed_and_what_follows_is_whole(run, cut):
+    run.append_trial(result(0))
+    run.append_trial(result(1))
+    run.append_proposal(2, PROPOSAL)
+    for path in (run.trials, run.proposals):
+        path.write_bytes(path.read_bytes()[:-cut])
+    assert run.mend() == [f"{run.trials}: its last line was cut off by a crash and has been removed"]
+    assert run.mend() == []
+    run.append_trial(result(1))
+    run.append_proposal(2, PROPOSAL)
+    assert run.read_trials() == [result(0), result(1)]
+    assert run.read_proposals() == {2: PROPOSAL}
+
+
+def test_proposals_read_back_equal_and_the_last_one_counts(run):
+    assert run.read_proposals() == {}
+    run.append_proposal(3, dataclasses.replace(PROPOSAL, origin="earlier"))
+    run.append_proposal(4, PROPOSAL)
+    run.append_proposal(3, PROPOSAL)
+    assert run.read_proposals() == {3: PROPOSAL, 4: PROPOSAL}
+
+
+def test_one_process_at_a_time_writes(run):
+    with pytest.raises(UserError, match=rf"mine is in use by another search \(process {os.getpid()} on "):
+        RunDirectory.open(run.path).claim()
+    run.claim()  # its own already
+    run.release()
+    other = RunDirectory.open(run.path)
+    other.claim()
+    with pytest.raises(UserError, match="is in use by another search"):
+        run.claim()
+    other.release()
+
+
+def test_a_claim_ends_with_its_process(run):
+    run.release()
+    code = (
+        "import os, pathlib, signal, sys; from search.run_directory import RunDirectory; "
+        "run = RunDirectory(pathlib.Path(sys.argv[1])); run.claim(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(run.path)], check=False)
+    assert killed.returncode == -9
+    run.claim()
+
+
 def test_the_front_is_replaced_as_a_whole(run, monkeypatch):
     run.write_front({"trials": [1]})
 
@@ -183,7 +255,7 @@ def test_the_front_is_replaced_as_a_whole(run, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             run.write_front({"trials": [2]})
     assert run.read_front() == {"trials": [1]}
-    assert sorted(entry.name for entry in run.path.iterdir()) == ["experiment.yaml", "front.json"]
+    assert sorted(entry.name for entry in run.path.iterdir()) == ["experiment.yaml", "front.json", "lock"]
 
 
 def test_a_directory_without_a_front_says_so(run):

@@ -26,6 +26,7 @@ from search.config import Constraint
 from search.pareto import hypervolume_log
 from search.space import OptionRange, SearchSpace
 from search.study import Study
+from search.study_database import StudyDatabase
 from search.trial_types import Proposal, TrialResult
 
 ENCODER, DECODER = frozenset({"encoder"}), frozenset({"decoder"})
@@ -49,8 +50,17 @@ def nine_decisions() -> SearchSpace:
     return SearchSpace.build(groups, metrics=("l2",), max_ratio=0.7, trials=9)
 
 
-def make(sampler: Any = "tpe", seed: int = 0, *, space: SearchSpace | None = None, **more: Any) -> Study:
-    return Study(space or space_of(), OBJECTIVES, sampler, seed, **more)
+def make(
+    sampler: Any = "tpe",
+    seed: int = 0,
+    *,
+    space: SearchSpace | None = None,
+    database: Path | None = None,
+    name: str = "prunefront",
+    **more: Any,
+) -> Study:
+    made = None if database is None else StudyDatabase(database, name)
+    return Study(space or space_of(), OBJECTIVES, sampler, seed, database=made, **more)
 
 
 def finish(number: int, proposal: Proposal, **changes: Any) -> TrialResult:
@@ -104,7 +114,9 @@ def test_anchors_come_first_and_exactly(sampler: str) -> None:
     study = make(sampler)
     for number, anchor in enumerate(anchors):
         proposal = study.ask(number)
-        assert proposal == Proposal(space.to_plan(anchor.params), f"anchor: {anchor.label}")
+        assert proposal == Proposal(
+            space.to_plan(anchor.params), f"anchor: {anchor.label}", params=anchor.params
+        )
     assert study.ask(len(anchors)).origin == sampler
 
 
@@ -393,7 +405,7 @@ def test_the_database_holds_every_finished_trial(tmp_path: Path) -> None:
 def test_a_database_that_cannot_be_written_harms_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, logger="search.study"):
+    with caplog.at_level(logging.WARNING, logger="search.study_database"):
         study = make(database=tmp_path / "absent" / "study.db")
         results = run(study, 12)
         study.close()
@@ -433,6 +445,28 @@ def test_a_replayed_study_goes_on_where_it_was(sampler: str) -> None:
         )
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_with_what_was_proposed_a_replayed_study_goes_on_bit_for_bit(sampler: str) -> None:
+    whole, resumed = make(sampler), make(sampler)
+    trials = 14 if sampler == "gp" else 30
+    proposals, results = {}, []
+    for number in range(trials):
+        proposals[number] = whole.ask(number)
+        results.append(finish(number, proposals[number]))
+        whole.tell(results[-1])
+    resumed.replay(results, proposals)
+    assert [resumed.ask(n) for n in (trials, trials + 1)] == [whole.ask(n) for n in (trials, trials + 1)]
+
+
+def test_what_was_proposed_and_has_not_finished_is_proposed_again() -> None:
+    before, after = make(), make(seed=1)
+    proposals = {number: before.ask(number) for number in (0, 20, 21)}
+    done = finish(0, proposals[0])
+    after.replay([done], {number: Proposal.from_record(p.to_record()) for number, p in proposals.items()})
+    assert [after.ask(number) for number in (20, 21)] == [proposals[20], proposals[21]]
+    assert after.ask(22) != before.ask(22)  # of another seed
+
+
 def test_replay_keeps_the_numbers_and_asks_for_what_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     before = make(database=path)
@@ -448,7 +482,7 @@ def test_replay_keeps_the_numbers_and_asks_for_what_is_missing(tmp_path: Path) -
     after.tell(finish(7, after.ask(7)))
     after.close()
     numbers = [trial.user_attrs["trial"] for trial in stored(path).trials]
-    assert numbers == [0, 1, 2, 3, 4, 5, 7]  # nothing twice
+    assert numbers == [0, 1, 3, 4, 5, 7]  # what was replayed, and nothing twice
 
 
 def test_replayed_decisions_are_not_proposed_again() -> None:

@@ -1,0 +1,222 @@
+"""The Optuna study in a database: what finished trials look like in optuna-dashboard.
+
+It is a projection of `trials.jsonl`: a thread of its own writes it, its faults harm nothing, and where it
+holds anything else than those trials, it is made anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import sqlite3
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+
+from components.errors import UserError
+from search.pareto import Direction
+
+logger = logging.getLogger(__name__)
+
+STILL_SECONDS = 30.0
+"""How long `StudyDatabase.close` waits for a database that takes nothing."""
+
+Numbered = tuple[int, FrozenTrial]
+"""The number of a trial in its search, and the trial as Optuna has it."""
+
+
+class StudyDatabase:
+    """Writes finished trials into an Optuna study of a database, from a thread of its own.
+
+    A trial that cannot be written is tried again with the next one and when closing; the first fault is
+    logged. A study that is there already keeps its trials, and none is written twice; if it does not agree
+    with what is handed over first, it is made anew.
+
+    Args:
+        storage: SQLite file, or the URL of a PostgreSQL database.
+        name: of the study.
+    """
+
+    def __init__(self, storage: Path | str, name: str) -> None:
+        self._storage = storage
+        self._name = name
+        self._directions: list[Direction] = []
+        self._metric_names: list[str] = []
+        self._inbox: queue.SimpleQueue[Sequence[Numbered] | None] = queue.SimpleQueue()
+        self._open: tuple[RDBStorage, optuna.Study] | None = None
+        self._written: set[int] = set()
+        self._faulty = False
+        self._thread = threading.Thread(target=self._run, name="study-database", daemon=True)
+
+    def __str__(self) -> str:
+        """The file, or the URL without its password."""
+        return str(self._storage) if isinstance(self._storage, Path) else without_password(self._storage)
+
+    def require_ready(self, *, new: bool) -> None:
+        """Make sure of what can be known before the work begins; a file is taken as it comes.
+
+        Args:
+            new: the study must not be there yet: in a database for many it would be somebody else's.
+
+        Raises:
+            UserError: there is no driver for the database, it does not answer, or it has such a study.
+        """
+        if isinstance(self._storage, Path):
+            return
+        try:
+            storage = self._connect()
+            try:
+                names = [study.study_name for study in storage.get_all_studies()]
+            finally:
+                _disconnect(storage)
+        except ImportError:
+            raise UserError(
+                f"storage {self} needs the Python package psycopg: pip install 'prunefront[postgresql]'"
+            ) from None
+        except Exception as error:
+            raise UserError(f"storage {self} cannot be used: {_first_line(error)}") from None
+        if new and self._name in names:
+            raise UserError(
+                f"storage {self} has a study {self._name!r} already: choose another name with --name, or go "
+                "on with that search by --resume"
+            )
+
+    def start(self, directions: Sequence[Direction], metric_names: Sequence[str]) -> None:
+        """Begin to write; directions and names are those of the objectives."""
+        self._directions, self._metric_names = list(directions), list(metric_names)
+        self._thread.start()
+
+    def put(self, *trials: Numbered) -> None:
+        """Hand over finished trials; returns at once. The first call has all that there were before."""
+        self._inbox.put(trials)
+
+    def close(self) -> None:
+        """Wait for what was handed over, as long as it is being written."""
+        self._inbox.put(None)
+        written = -1
+        while self._thread.is_alive() and written < len(self._written):
+            written = len(self._written)
+            self._thread.join(STILL_SECONDS)
+        if self._thread.is_alive():
+            logger.warning("%s is still being written and may lack the last trials", self)
+
+    def _run(self) -> None:
+        pending: list[Numbered] = []
+        while (trials := self._inbox.get()) is not None:
+            pending += trials
+            self._write(pending)
+        self._write(pending)
+        if self._open is not None:
+            _disconnect(self._open[0])
+
+    def _write(self, pending: list[Numbered]) -> None:
+        """Write from the front of the list, removing what is written, until a fault."""
+        try:
+            if pending and self._open is None:
+                self._open = self._opened(pending)
+            while pending and self._open is not None:
+                number, trial = pending[0]
+                if number not in self._written:
+                    self._open[1].add_trial(trial)
+                    self._written.add(number)
+                del pending[0]
+        except Exception as error:
+            if not self._faulty:
+                self._faulty = True
+                logger.warning("%s cannot be written, the search goes on: %s", self, _first_line(error))
+
+    def _opened(self, known: Sequence[Numbered]) -> tuple[RDBStorage, optuna.Study]:
+        """The study: new, or as an earlier search left it that had finished some of the known trials."""
+        try:
+            storage = self._connect()
+            found = self._existing(storage)
+        except (sqlite3.DatabaseError, sqlalchemy.exc.DatabaseError) as error:
+            if not isinstance(self._storage, Path) or not _is_damaged(error):
+                raise
+            aside = self._storage.with_name(f"{self._storage.name}.damaged")
+            self._storage.replace(aside)
+            logger.warning("%s was damaged, is now %s and is made anew", self, aside.name)
+            storage, found = self._connect(), None
+        if found is not None:
+            written = _agreement(found, dict(known))
+            if written is None:
+                logger.warning("%s does not agree with trials.jsonl and is made anew", self)
+                optuna.delete_study(study_name=self._name, storage=storage)
+                found = None
+            else:
+                self._written = written
+        study = found or optuna.create_study(
+            storage=storage, study_name=self._name, directions=self._directions
+        )
+        identifier = storage.get_study_id_from_name(self._name)
+        storage.set_study_system_attr(identifier, "study:metric_names", self._metric_names)
+        return storage, study
+
+    def _existing(self, storage: RDBStorage) -> optuna.Study | None:
+        if self._name not in [study.study_name for study in storage.get_all_studies()]:
+            return None
+        return optuna.load_study(study_name=self._name, storage=storage)
+
+    def _connect(self) -> RDBStorage:
+        if isinstance(self._storage, str):
+            return RDBStorage(_with_driver(self._storage), engine_kwargs={"connect_args": _TIMEOUT})
+        path = self._storage
+
+        def connect() -> sqlite3.Connection:
+            connection = sqlite3.connect(path, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            return connection
+
+        # The URL only chooses the dialect: connections come from `connect`, whatever characters the path has.
+        return RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
+
+
+_TIMEOUT: dict[str, Any] = {"connect_timeout": 10}
+
+
+def without_password(url: str) -> str:
+    """A database's URL as it may be shown."""
+    try:
+        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        return "(no URL)"
+
+
+def _with_driver(url: str) -> str:
+    """A plain `postgresql:` means psycopg, version 3, whatever SQLAlchemy would take it for."""
+    scheme, separator, rest = url.partition("://")
+    return f"postgresql+psycopg://{rest}" if separator and scheme in ("postgresql", "postgres") else url
+
+
+def _agreement(study: optuna.Study, known: dict[int, FrozenTrial]) -> set[int] | None:
+    """Which of the known trials the study has; None where it has anything else."""
+    agreed: set[int] = set()
+    for trial in study.get_trials(deepcopy=False):
+        number = trial.user_attrs.get("trial")
+        if not isinstance(number, int) or number not in known or number in agreed:
+            return None
+        expected = known[number]
+        if (trial.state, trial.values, trial.params) != (expected.state, expected.values, expected.params):
+            return None
+        agreed.add(number)
+    return agreed
+
+
+def _disconnect(storage: RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def _is_damaged(error: Exception) -> bool:
+    return any(words in str(error) for words in ("not a database", "malformed", "no such table"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__
