@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
@@ -333,6 +334,21 @@ def agent_class(kind: str) -> type[Agent]:
         raise UserError(f"agent {kind!r}: module {module_name} has no class {class_name!r}{hint}")
     _require_members(found, kind)
     return cast("type[Agent]", found)
+
+
+def source_of(kind: str) -> Path | None:
+    """Where the code of a user's own agent is: the directory of its package, or its module; else None.
+
+    Raises:
+        UserError: as `agent_class`.
+    """
+    if kind in BUILT_IN:
+        return None
+    agent_class(kind)
+    top = sys.modules[kind.partition(":")[0].partition(".")[0]]
+    file = getattr(top, "__file__", None)
+    place = Path(file) if file else Path(next(iter(top.__path__)))
+    return place.parent if place.name == "__init__.py" else place
 
 
 def _is_defined_in(value: object, module: ModuleType) -> bool:

@@ -1,7 +1,7 @@
 """The `prunefront` command: arguments in, sentences and exit codes out.
 
 Exit codes: 0 done; 1 a bundle did not pass its verification; 2 the request cannot be met, for one reason;
-130 interrupted, with everything that was finished kept.
+75 the cluster was lost for good; 130 interrupted. Everything that was finished is kept in any case.
 """
 
 from __future__ import annotations

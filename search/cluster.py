@@ -2,8 +2,11 @@
 
 The driver asks the study for plans and writes everything down; workers get a `TrialSpec` and give back a
 `TrialResult`. Each worker is one Ray Tune actor that is reused from trial to trial, so that a trial does not
-pay for a process, for importing torch or for unpacking the base. A trial whose worker dies is a failed trial;
-the search goes on.
+pay for a process, for importing torch or for unpacking the base.
+
+Whatever dies, the search goes on: a trial whose worker was lost runs again, so often and no more; a cluster
+of the search's own that was lost is started anew; a trial that takes too long is stopped. A trial that fails
+by itself has failed.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -40,11 +44,21 @@ T = TypeVar("T")
 
 # So many failures to start, without any trial having been completed, are the cluster's, not the trials'.
 _STILLBORN_LIMIT = 3
+# So many clusters lost, without any trial having finished in between, and the search ends.
+_RESTART_LIMIT = 3
+# Between two looks at whether the cluster lives and trials take too long.
+_WATCH_SECONDS = 1.0
+# Tune may wait for a lost head for ever, out of reach of any exception; after so long the process ends.
+_HEAD_SECONDS = 8.0
+
+LOST = 75
+"""Exit code of a process whose cluster was lost in a way that it could not survive; `--resume` goes on."""
 
 # In force while a search runs, in this process and in the local cluster that it starts.
 _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, whose announcement is a warning
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a table even when it is told to be silent
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",  # a lost head ends this process after so long, not 60 s
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files of every trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's waits up to 15 s for running trials; ours is below
@@ -72,7 +86,9 @@ class SearchOutcome:
     Attributes:
         complete: trials that were measured.
         failed: trials that failed; each was recorded with its reason.
-        interrupted: Ctrl-C ended the search before all trials had run; running ones were dropped.
+        interrupted: Ctrl-C or SIGTERM ended the search before all trials had run; running ones were dropped.
+        out_of_time: the time was up before all trials had begun.
+        repeated: how often a trial ran again because its worker was lost.
         concurrency: trials that could run at once.
         seconds: wall time, the cluster's start included.
     """
@@ -82,6 +98,8 @@ class SearchOutcome:
     interrupted: bool
     concurrency: int
     seconds: float
+    out_of_time: bool = False
+    repeated: int = 0
 
 
 def run_search(
@@ -97,8 +115,14 @@ def run_search(
     gpus: float | None = 0,
     concurrency: int | None = None,
     address: str | None = None,
+    code: Sequence[Path] = (),
+    retries: int = 2,
+    trial_timeout: float | None = None,
+    seconds: float | None = None,
 ) -> SearchOutcome:
     """Run the trials with these numbers on a Ray cluster, until all have finished or Ctrl-C is pressed.
+
+    SIGTERM is heeded like Ctrl-C.
 
     Everything but `run_trial` is called in this process and thread. For each trial: `study.ask(number)`,
     `make_spec`, `run_trial(spec, base, device)` on a worker, then `record(result)`, `study.tell(result)` and
@@ -109,8 +133,8 @@ def run_search(
         numbers: of the trials to run, in this order; none twice.
         study: proposes plans; an exception in `tell` is logged, one in `ask` ends the search.
         make_spec: trial number and proposal -> specification.
-        run_trial: a picklable function; `device` is "cpu" or "cuda". An exception in it, a result that is not
-            one or not finite, and a worker that dies each make a failed trial.
+        run_trial: a picklable function; `device` is "cpu" or "cuda". An exception in it and a result that is
+            not one or not finite each make a failed trial.
         base: any picklable value, or None; it is put into the object store once, and unpacked once by each
             worker. Its arrays are read-only there.
         record: stores a result for good before anybody learns of it; an exception in it ends the search.
@@ -120,9 +144,14 @@ def run_search(
             the CPUs admit.
         concurrency: trials at once; None, or more than fit, for as many as fit.
         address: of a running cluster; None starts one on this machine, and stops it afterwards.
+        code: directories of packages and single modules that are sent to the workers of such a cluster.
+        retries: how often a trial runs again whose worker was lost; then it has failed.
+        trial_timeout: seconds after which a trial that still runs is stopped and has failed; None for never.
+        seconds: after which no further trial begins; None for no limit.
 
     Raises:
-        UserError: no cluster answers at `address`, no node of it can hold a trial, or no worker can start.
+        UserError: no cluster answers at `address`, no node of it can hold a trial, no worker can start, or
+            the cluster is lost again and again.
         Exception: whatever `study.ask`, `make_spec` or `record` raised; what had finished is recorded.
         KeyboardInterrupt: a second Ctrl-C while the first was being heeded.
     """
@@ -131,48 +160,65 @@ def run_search(
         _environment(_ENVIRONMENT),
         _quiet_ray(),
         tempfile.TemporaryDirectory(prefix="prunefront-") as scratch,
-        _interruption() as interrupted,
-        _cluster(address),
+        _Interruption() as interrupted,
     ):
-        slots, gpus = _slots(cpus, gpus)
-        concurrency = max(1, min(slots, concurrency or slots))
         driver = _Driver(
             list(numbers),
             study=study,
             make_spec=make_spec,
             record=record,
             observers=list(observers),
-            concurrency=concurrency,
+            wanted=concurrency,
             interrupted=interrupted,
+            retries=retries,
+            trial_timeout=trial_timeout,
+            seconds=seconds,
         )
-        if driver.numbers:
-            trainable = tune.with_resources(
-                tune.with_parameters(_Worker, base=base, run_trial=run_trial, cpus=cpus, gpus=gpus),
-                {"cpu": cpus, "gpu": gpus},
-            )
-            with suppress(_Stop):
-                tune.run(
-                    trainable,
-                    name="search",
-                    num_samples=len(driver.numbers),
-                    search_alg=_Searcher(driver),
-                    callbacks=[_Callback(driver)],
-                    storage_path=scratch,
-                    reuse_actors=True,
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                    trial_name_creator=_trial_name,
-                    trial_dirname_creator=_trial_name,
-                    raise_on_failed_trial=False,
-                    verbose=0,
+        while True:
+            with _cluster(address, code):
+                interrupted.listen()
+                slots, share = _slots(cpus, gpus)
+                driver.concurrency = max(1, min(slots, concurrency or slots))
+                if driver.over:
+                    break
+                trainable = tune.with_resources(
+                    tune.with_parameters(_Worker, base=base, run_trial=run_trial, cpus=cpus, gpus=share),
+                    {"cpu": cpus, "gpu": share},
                 )
+                with suppress(_Stop):
+                    _tune(trainable, driver, scratch)
+            if driver.over:
+                break
+            driver.lose_cluster(address)
     if driver.fatal is not None:
         raise driver.fatal
+    unfinished = driver.complete + driver.failed < len(driver.numbers)
     return SearchOutcome(
         complete=driver.complete,
         failed=driver.failed,
-        interrupted=driver.complete + driver.failed < len(driver.numbers),
-        concurrency=concurrency,
+        interrupted=unfinished and interrupted.is_set(),
+        concurrency=driver.concurrency,
         seconds=time.monotonic() - started,
+        out_of_time=unfinished and not interrupted.is_set(),
+        repeated=driver.repeated,
+    )
+
+
+def _tune(trainable: Any, driver: _Driver, scratch: str) -> None:
+    """Run trials until there are no more, or `_Stop` is raised."""
+    tune.run(
+        trainable,
+        name="search",
+        num_samples=-1,  # the searcher says when there are no more: some trials run again
+        search_alg=_Searcher(driver),
+        callbacks=[_Callback(driver)],
+        storage_path=scratch,
+        reuse_actors=True,
+        checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+        trial_name_creator=_trial_name,
+        trial_dirname_creator=_trial_name,
+        raise_on_failed_trial=False,
+        verbose=0,
     )
 
 
@@ -187,27 +233,42 @@ class _Driver:
         make_spec: Callable[[int, Proposal], TrialSpec],
         record: Callable[[TrialResult], None],
         observers: list[Callable[[TrialResult], None]],
-        concurrency: int,
-        interrupted: threading.Event,
+        wanted: int | None,
+        interrupted: _Interruption,
+        retries: int,
+        trial_timeout: float | None,
+        seconds: float | None,
     ) -> None:
         self.numbers = numbers
-        self.concurrency = concurrency
+        self.concurrency = wanted or 1  # until it is known how many fit
         self.complete = 0
         self.failed = 0
+        self.repeated = 0
         self.fatal: BaseException | None = None
         self._study = study
         self._make_spec = make_spec
         self._record = record
         self._observers = observers
         self._interrupted = interrupted
+        self._retries = retries
+        self._trial_timeout = trial_timeout
+        self._deadline = math.inf if seconds is None else time.monotonic() + seconds
         self._asked = 0
         self._stillborn = 0  # workers that failed to start, one after the other
+        self._restarts = 0  # clusters lost, one after the other
         self._running: dict[str, tuple[TrialSpec, str]] = {}  # Tune's trial id -> specification, asked when
+        self._again: deque[TrialSpec] = deque()  # lost, and to run again before any other
+        self._losses: Counter[int] = Counter()  # by trial number
+        self._begun: dict[str, tuple[float, Any]] = {}  # Tune's trial id -> when it began, its actor
 
     def next_spec(self, trial_id: str) -> TrialSpec | None:
         """The next trial to run, or None while all workers are busy and once the search is ending."""
         if self.ending or len(self._running) >= self.concurrency:
             return None
+        if self._again:
+            spec = self._again.popleft()
+            self._running[trial_id] = (spec, timestamp())
+            return spec
         number = self.numbers[self._asked]
         try:
             spec = self._make_spec(number, self._study.ask(number))
@@ -220,6 +281,7 @@ class _Driver:
 
     def finish(self, trial_id: str, outcome: object) -> None:
         """Take in what became of a trial: a `TrialResult`, or one line saying why there is none."""
+        self._begun.pop(trial_id, None)
         if trial_id not in self._running:
             return
         spec, asked = self._running.pop(trial_id)
@@ -231,6 +293,7 @@ class _Driver:
         except Exception as error:
             self.fatal = error
             return
+        self._restarts = 0
         if result.complete:
             self.complete += 1
         else:
@@ -248,13 +311,58 @@ class _Driver:
                 self._observers.remove(observer)
                 logger.warning("an observer of the search failed and was dropped: %s", describe(error))
 
+    def begin(self, trial_id: str, actor: Any) -> None:
+        """A worker begins to run a trial."""
+        self._begun[trial_id] = (time.monotonic(), actor)
+
     def lose(self, trial_id: str, account: str) -> None:
         """A trial's worker is gone, or never was; `account` is what Ray wrote about it."""
         reason, had_started = _reason_of_loss(account)
         self._stillborn = 0 if had_started else self._stillborn + 1
-        self.finish(trial_id, reason)
-        if self._stillborn == _STILLBORN_LIMIT and not self.complete and self.fatal is None:
-            self.fatal = UserError(f"no worker can run trials: {reason}")
+        if self._stillborn >= _STILLBORN_LIMIT and not self.complete:
+            self.fatal = self.fatal or UserError(f"no worker can run trials: {reason}")
+        else:
+            self._lose(trial_id, reason)
+
+    def lose_cluster(self, address: str | None) -> None:
+        """The cluster is gone, with all that ran on it."""
+        for trial_id in list(self._running):
+            self._lose(trial_id, "the worker was lost with the whole cluster")
+        self._restarts += 1
+        if address is not None:
+            self.fatal = UserError(f"the Ray cluster at address {address!r} is gone")
+        elif self._restarts >= _RESTART_LIMIT and self.fatal is None:
+            self.fatal = UserError(
+                f"the Ray cluster on this machine was lost {self._restarts} times in a row"
+            )
+        else:
+            logger.warning("the Ray cluster was lost and is started again")
+
+    def stop_overdue(self) -> None:
+        """End trials that take too long; they have failed, and their workers are replaced."""
+        if self._trial_timeout is None:
+            return
+        now = time.monotonic()
+        for trial_id, (begun, actor) in list(self._begun.items()):
+            if now - begun > self._trial_timeout:
+                self.finish(trial_id, f"it ran for longer than trial_timeout, {self._trial_timeout:g} s")
+                ray.kill(actor)
+
+    def _lose(self, trial_id: str, reason: str) -> None:
+        """Let a trial run again, unless it was lost too often."""
+        self._begun.pop(trial_id, None)
+        if trial_id not in self._running:
+            return
+        spec, _ = self._running[trial_id]
+        self._losses[spec.number] += 1
+        times = self._losses[spec.number]
+        if times > self._retries:
+            self.finish(trial_id, reason if times == 1 else f"{reason} (the last of {times} times)")
+            return
+        del self._running[trial_id]
+        self._again.append(spec)
+        self.repeated += 1
+        logger.warning("trial %d runs again: %s", spec.number, reason)
 
     @property
     def stopped(self) -> bool:
@@ -263,8 +371,10 @@ class _Driver:
 
     @property
     def ending(self) -> bool:
-        """No further trial will be asked for."""
-        return self.stopped or self._asked == len(self.numbers)
+        """No further trial will begin."""
+        if self.stopped:
+            return True
+        return not self._again and (self._asked == len(self.numbers) or time.monotonic() > self._deadline)
 
     @property
     def over(self) -> bool:
@@ -307,6 +417,17 @@ class _Callback(tune.Callback):
 
     def __init__(self, driver: _Driver) -> None:
         self._driver = driver
+        self._looked = time.monotonic()
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if time.monotonic() - self._looked > _WATCH_SECONDS:
+            if not _cluster_lives():
+                raise _Stop
+            self._driver.stop_overdue()
+            self._looked = time.monotonic()
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._driver.begin(trial.trial_id, trial.temporary_state.ray_actor)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if self._driver.over:
@@ -432,13 +553,28 @@ def _slots(cpus: float, gpus: float | None) -> tuple[int, float]:
     return sum(fit), gpus
 
 
+def _cluster_lives() -> bool:
+    """Whether the cluster still works for this process; without its own node Tune would wait for ever."""
+    node = _own_node()
+    if node.head:  # a cluster of this process's own: its processes are its children
+        parts = [node.all_processes.get(part, []) for part in ("gcs_server", "raylet")]
+        return all(info.process.poll() is None for processes in parts for info in processes)
+    here = ray.get_runtime_context().get_node_id()
+    return any(entry["NodeID"] == here and entry["Alive"] for entry in ray.nodes())  # type: ignore[no-untyped-call]
+
+
+def _own_node() -> Any:
+    """Ray's account of what this process has started; there is no public one."""
+    return ray._private.worker._global_node
+
+
 def _trial_name(trial: Trial) -> str:
     return f"trial-{trial.trial_id}"
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """Connected to a cluster; without an address, to one of this process's own."""
+def _cluster(address: str | None, code: Sequence[Path] = ()) -> Iterator[None]:
+    """Connected to a cluster, whose workers get the code; with no address, to one of this process's own."""
     if address is None:
         with _environment({"PYTHONPATH": _import_path()}):
             # Never a bare init(): a stale file of an earlier cluster would make that hang.
@@ -447,13 +583,41 @@ def _cluster(address: str | None) -> Iterator[None]:
         _require_answer(address)
         try:
             with _environment({"RAY_gcs_server_port_wait_time_s": "1"}):  # one attempt, not twenty
-                ray.init(address=address, configure_logging=False, log_to_driver=False)
+                ray.init(
+                    address=address,
+                    configure_logging=False,
+                    log_to_driver=False,
+                    runtime_env={"py_modules": [str(path) for path in code]} if code else None,
+                )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"no Ray cluster answers at address {address!r} ({describe(error)})") from error
+    left = threading.Event()
+    threading.Thread(target=_watch_head, args=(left,), name="ray-head-watch", daemon=True).start()
     try:
         yield
     finally:
         ray.shutdown()
+        left.set()
+
+
+def _watch_head(left: threading.Event) -> None:
+    """End the process if the head of its own cluster has died and it does not get away from it.
+
+    Tune's loop then waits inside Ray, and Ray would end the process a little later, without a word about what
+    can be done. Everything that has finished is on the disk.
+    """
+    heads = _own_node().all_processes.get("gcs_server", [])
+    while not left.wait(_WATCH_SECONDS):
+        if all(head.process.poll() is None for head in heads):
+            continue
+        if not left.wait(_HEAD_SECONDS):
+            print(
+                "\nprunefront: the head of the Ray cluster on this machine died; everything that had "
+                "finished is kept, and the same command with --resume goes on from there",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(LOST)
 
 
 def _import_path() -> str:
@@ -481,26 +645,38 @@ def _require_answer(address: str) -> None:
         raise UserError(f"no Ray cluster answers at address {address!r} ({describe(error)})") from error
 
 
-@contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C; the second interrupts as usual. Signal handlers are as before afterwards."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
+class _Interruption:
+    """Ctrl-C or SIGTERM, once; another interrupts as usual. Signal handlers are as before afterwards."""
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._before: dict[int, Any] = {}
 
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield event
-    finally:
-        for name, handler in handlers.items():
+    def __enter__(self) -> _Interruption:
+        if threading.current_thread() is threading.main_thread():
+            names = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+            self._before = {name: signal.getsignal(name) for name in names}
+            self.listen()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for name, handler in self._before.items():
             signal.signal(name, handler)
+
+    def listen(self) -> None:
+        """Begin to listen; again after Ray was started, which takes SIGTERM for itself."""
+        if self._before:
+            signal.signal(signal.SIGINT, self._on_signal)
+            signal.signal(signal.SIGTERM, self._on_signal)
+
+    def is_set(self) -> bool:
+        """Whether it has come."""
+        return self._event.is_set()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set():
+            raise KeyboardInterrupt
+        self._event.set()
 
 
 @contextmanager

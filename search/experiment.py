@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from agents.agent import Agent, Objective, agent_class, searchable_options, shared_ratios
+import agents
+import components
+from agents.agent import Agent, Objective, agent_class, searchable_options, shared_ratios, source_of
 from components import UserError
 from components.errors import nearest
 from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
@@ -234,6 +236,10 @@ class ReadySearch:
                     gpus=None if gpus == "auto" else gpus,
                     concurrency=search.concurrency,
                     address=address,
+                    code=own_code(self.config.agent.kind),
+                    retries=search.retries,
+                    trial_timeout=search.trial_timeout,
+                    seconds=None if search.hours is None else 3600 * search.hours,
                 )
         finally:
             study.close()
@@ -250,6 +256,10 @@ class ReadySearch:
         Raises:
             UserError: not one trial was completed; the sentence says why the first failed.
         """
+        if outcome.out_of_time and not self.keeper.results:
+            raise UserError(
+                f"the time was up before a trial had finished: search.hours is {self.config.search.hours:g}"
+            )
         if not outcome.interrupted and not any(result.complete for result in self.keeper.results):
             first = min(self.keeper.results, key=lambda result: result.number)
             raise UserError(
@@ -330,6 +340,13 @@ def _require_same_search(path: Path, config: ExperimentConfig) -> None:
             f"{path} cannot be resumed as another search: {'; '.join(different)}: take that back, or start a "
             "search of its own with --name"
         )
+
+
+def own_code(kind: str) -> list[Path]:
+    """What workers need to import, for machines that do not have it: our packages, and a user's own agent."""
+    packages = [Path(components.__file__).parent, Path(agents.__file__).parent, Path(__file__).parent]
+    mine = source_of(kind)
+    return packages if mine is None else [*packages, mine]
 
 
 def _option_ranges(config: ExperimentConfig, agent: Agent) -> dict[str, OptionRange]:

@@ -172,6 +172,15 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
         f"{outcome.concurrency} at a time.",
         highlight=False,
     )
+    if outcome.repeated:
+        console.print(f"{outcome.repeated} times a trial ran again whose worker was lost.", highlight=False)
+    if outcome.out_of_time:
+        console.print(
+            f"The time was up with {len(ready.numbers)} of {ready.config.search.trials} trials to go: "
+            "the same command with --resume goes on.",
+            soft_wrap=True,
+            highlight=False,
+        )
     console.print(stage_line(results), soft_wrap=True, highlight=False)
     console.print()
 

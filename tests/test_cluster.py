@@ -90,6 +90,26 @@ def plain(spec: TrialSpec, base: None, device: str) -> TrialResult:
     return complete(spec)
 
 
+def lost_once(spec: TrialSpec, base: Path, device: str) -> TrialResult:
+    """Trials 1 and 2 kill their worker the first time; every attempt leaves a mark in `base`."""
+    attempts = len(list(base.glob(f"{spec.number}-*")))
+    (base / f"{spec.number}-{attempts}").touch()
+    if spec.number in (1, 2) and attempts == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return complete(spec)
+
+
+def slow_at_two(spec: TrialSpec, base: None, device: str) -> TrialResult:
+    if spec.number == 2:
+        time.sleep(3600)
+    return complete(spec)
+
+
+def unhurried(spec: TrialSpec, base: None, device: str) -> TrialResult:
+    time.sleep(0.3)
+    return complete(spec)
+
+
 def endless_after_two(spec: TrialSpec, base: None, device: str) -> TrialResult:
     if spec.number >= 2:
         time.sleep(3600)
@@ -195,7 +215,7 @@ def test_every_trial_is_recorded_then_told_then_observed_once(troubled_search: T
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
-        (2, "the worker died: killed, out of memory, or crashed"),
+        (2, "the worker died: killed, out of memory, or crashed (the last of 3 times)"),
         (3, "RuntimeError: the trial broke"),
         (4, "objective 'error' is nan"),
         (5, "objective 'parameters' is inf"),
@@ -240,7 +260,7 @@ def test_no_more_trials_at_once_than_allowed(troubled_search: TroubledSearch) ->
 def test_workers_are_reused_and_unpack_the_base_once(troubled_search: TroubledSearch) -> None:
     complete_ones = [result for result in troubled_search.journal.results if result.complete]
     workers = {result.performance["worker"] for result in complete_ones}
-    assert len(workers) <= 3, "two workers, one of which was killed and replaced"
+    assert len(workers) <= 5, "two workers, and three that replaced those that were killed"
     assert {result.performance["unpacked"] for result in complete_ones} == {1.0}
 
 
@@ -265,6 +285,76 @@ def test_ctrl_c_keeps_what_is_finished_and_waits_for_nothing() -> None:
     assert [result.number for result in journal.results] == [0, 1]
 
 
+def test_sigterm_is_heeded_like_ctrl_c() -> None:
+    journal = Journal()
+
+    def end(result: TrialResult) -> None:
+        if result.number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = search(journal, range(6), endless_after_two, observers=[end], concurrency=1)
+    assert outcome.interrupted
+    assert [result.number for result in journal.results] == [0, 1]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_trial_whose_worker_was_lost_runs_again_unchanged(tmp_path: Path) -> None:
+    journal = Journal()
+    outcome = search(journal, range(5), lost_once, base=tmp_path, concurrency=2)
+    assert (outcome.complete, outcome.failed, outcome.repeated) == (5, 0, 2)
+    assert sorted(journal.of("ask")) == list(range(5)), "a trial that runs again is not asked for again"
+    assert sorted(journal.of("record")) == list(range(5))
+    attempts = {number: len(list(tmp_path.glob(f"{number}-*"))) for number in range(5)}
+    assert attempts == {0: 1, 1: 2, 2: 2, 3: 1, 4: 1}
+    assert {result.seed for result in journal.results} == {1000, 1001, 1002, 1003, 1004}
+
+
+def test_without_retries_a_lost_trial_has_failed(tmp_path: Path) -> None:
+    journal = Journal()
+    outcome = search(journal, range(3), lost_once, base=tmp_path, concurrency=1, retries=0)
+    assert (outcome.complete, outcome.failed, outcome.repeated) == (1, 2, 0)
+    reasons = {result.number: result.reason for result in journal.results}
+    assert reasons == {0: None, 1: reasons[2], 2: "the worker died: killed, out of memory, or crashed"}
+
+
+def test_a_trial_that_takes_too_long_has_failed_and_the_search_goes_on() -> None:
+    journal = Journal()
+    outcome = search(journal, range(5), slow_at_two, concurrency=1, trial_timeout=2.0)
+    assert (outcome.complete, outcome.failed, outcome.repeated) == (4, 1, 0)
+    reasons = {result.number: result.reason for result in journal.results if not result.complete}
+    assert reasons == {2: "it ran for longer than trial_timeout, 2 s"}
+
+
+def test_when_the_time_is_up_no_further_trial_begins() -> None:
+    journal = Journal()
+    started = time.monotonic()
+
+    def wait(result: TrialResult) -> None:
+        while result.number == 2 and time.monotonic() - started < 25:
+            time.sleep(0.1)
+
+    outcome = search(journal, range(50), unhurried, observers=[wait], concurrency=1, seconds=24)
+    assert outcome.out_of_time
+    assert not outcome.interrupted
+    assert 3 <= len(journal.results) < 50
+    assert journal.of("ask") == journal.of("record"), "what had begun was waited for"
+
+
+@pytest.mark.parametrize("process", ["raylet"])
+def test_a_local_cluster_that_is_lost_is_started_again(process: str) -> None:
+    journal = Journal()
+
+    def kill(result: TrialResult) -> None:
+        if result.number == 2:
+            os.kill(cluster._own_node().all_processes[process][0].process.pid, signal.SIGKILL)
+
+    outcome = search(journal, range(8), unhurried, observers=[kill], concurrency=2)
+    assert (outcome.complete, outcome.failed) == (8, 0)
+    assert 1 <= outcome.repeated <= 2
+    assert sorted(journal.of("ask")) == sorted(journal.of("record")) == list(range(8))
+
+
 def test_one_at_a_time_builds_on_all_before_until_a_result_cannot_be_stored() -> None:
     journal = Journal()
 
@@ -284,7 +374,7 @@ def test_workers_that_cannot_start_end_the_search_with_the_reason(monkeypatch: p
     journal = Journal()
     with pytest.raises(UserError, match=r"no worker can run trials: the worker could not start: .*half"):
         search(journal, range(50), plain, base=Unreadable(), concurrency=1)
-    assert [result.status for result in journal.results] == ["failed"] * 2
+    assert journal.results == [], "the trials are not to blame, and run when workers start again"
 
 
 @pytest.mark.parametrize(
