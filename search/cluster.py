@@ -24,6 +24,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
@@ -89,7 +90,7 @@ class SearchOutcome:
         interrupted: Ctrl-C or SIGTERM ended the search before all trials had run; running ones were dropped.
         out_of_time: the time was up before all trials had begun.
         repeated: how often a trial ran again because its worker was lost.
-        concurrency: trials that could run at once.
+        concurrency: trials that could run at once, in the end.
         seconds: wall time, the cluster's start included.
     """
 
@@ -178,7 +179,7 @@ def run_search(
             with _cluster(address, code):
                 interrupted.listen()
                 slots, share = _slots(cpus, gpus)
-                driver.concurrency = max(1, min(slots, concurrency or slots))
+                driver.resize(slots)
                 if driver.over:
                     break
                 trainable = tune.with_resources(
@@ -186,7 +187,7 @@ def run_search(
                     {"cpu": cpus, "gpu": share},
                 )
                 with suppress(_Stop):
-                    _tune(trainable, driver, scratch)
+                    _tune(trainable, driver, partial(_count_slots, cpus, share), scratch)
             if driver.over:
                 break
             driver.lose_cluster(address)
@@ -204,14 +205,14 @@ def run_search(
     )
 
 
-def _tune(trainable: Any, driver: _Driver, scratch: str) -> None:
+def _tune(trainable: Any, driver: _Driver, count_slots: Callable[[], int], scratch: str) -> None:
     """Run trials until there are no more, or `_Stop` is raised."""
     tune.run(
         trainable,
         name="search",
         num_samples=-1,  # the searcher says when there are no more: some trials run again
         search_alg=_Searcher(driver),
-        callbacks=[_Callback(driver)],
+        callbacks=[_Callback(driver, count_slots)],
         storage_path=scratch,
         reuse_actors=True,
         checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
@@ -240,7 +241,8 @@ class _Driver:
         seconds: float | None,
     ) -> None:
         self.numbers = numbers
-        self.concurrency = wanted or 1  # until it is known how many fit
+        self.concurrency = 1  # until it is known how many fit
+        self._wanted = wanted
         self.complete = 0
         self.failed = 0
         self.repeated = 0
@@ -310,6 +312,10 @@ class _Driver:
             except Exception as error:
                 self._observers.remove(observer)
                 logger.warning("an observer of the search failed and was dropped: %s", describe(error))
+
+    def resize(self, slots: int) -> None:
+        """So many trials fit at once from now on; with none, one that waits for room to come back."""
+        self.concurrency = max(1, min(slots, self._wanted or slots))
 
     def begin(self, trial_id: str, actor: Any) -> None:
         """A worker begins to run a trial."""
@@ -415,14 +421,16 @@ class _Searcher(Searcher):
 class _Callback(tune.Callback):
     """Tune's reports of what happens."""
 
-    def __init__(self, driver: _Driver) -> None:
+    def __init__(self, driver: _Driver, count_slots: Callable[[], int]) -> None:
         self._driver = driver
+        self._count_slots = count_slots
         self._looked = time.monotonic()
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if time.monotonic() - self._looked > _WATCH_SECONDS:
             if not _cluster_lives():
                 raise _Stop
+            self._driver.resize(self._count_slots())  # nodes come and go
             self._driver.stop_overdue()
             self._looked = time.monotonic()
 
@@ -533,24 +541,33 @@ def _slots(cpus: float, gpus: float | None) -> tuple[int, float]:
     Raises:
         UserError: no node can hold one trial.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = _node_resources()
     by_cpu = [int(node.get("CPU", 0) / cpus) for node in nodes]
     if gpus is None:
         shares = [n / node["GPU"] for n, node in zip(by_cpu, nodes, strict=True) if node.get("GPU") and n]
         # Equal on every node with GPUs, so that trials do not depend on where they run.
         gpus = 1 / math.ceil(max(shares)) if shares and max(shares) >= 1 else (1.0 if shares else 0.0)
-    fit = [
-        n if not gpus else min(n, int(node.get("GPU", 0) / gpus))
-        for n, node in zip(by_cpu, nodes, strict=True)
-    ]
-    if sum(fit) == 0:
+    slots = _count_slots(cpus, gpus)
+    if slots == 0:
         most_cpus = max((node.get("CPU", 0) for node in nodes), default=0)
         most_gpus = max((node.get("GPU", 0) for node in nodes), default=0)
         raise UserError(
             f"a trial needs {cpus:g} CPUs and {gpus:g} GPUs, but the largest node of the cluster has "
             f"{most_cpus:g} CPUs and {most_gpus:g} GPUs"
         )
-    return sum(fit), gpus
+    return slots, gpus
+
+
+def _count_slots(cpus: float, gpus: float) -> int:
+    """How many trials of this size the cluster holds now."""
+    return sum(
+        min(int(node.get("CPU", 0) / cpus), int(node.get("GPU", 0) / gpus) if gpus else sys.maxsize)
+        for node in _node_resources()
+    )
+
+
+def _node_resources() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def _cluster_lives() -> bool:

@@ -1,8 +1,9 @@
 """A search that is killed a hundred times: `python tests/benchmarks/kills.py --json`.
 
-SIGKILLs of the driver, of workers, of the raylet, of Ray's head and of the driver between the record of a trial
-and the study, at random moments of one search of the toy agent, which goes on after each. It fails unless at
-the end every trial has finished exactly once, and the study, the front and the bundles agree with the records.
+SIGKILLs of the driver, of workers, of the raylet, of Ray's head and of the driver between the record of a
+trial and the study, at random moments of one search of the toy agent, which goes on after each. It fails
+unless at the end every trial has finished exactly once, and the study, the front and the bundles agree with
+the records.
 """
 
 from __future__ import annotations
