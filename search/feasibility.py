@@ -97,7 +97,7 @@ def require_reachable(
             limit = "at most" if constraint.operator == ">=" else "at least"
             raise UserError(
                 f"search.constraints.{constraint.name} is '{constraint}', which no trial can meet: "
-                f"{what[constraint.operator == '>=']} {_shown(nearest)}, so the bound must be {limit} "
+                f"{what[constraint.operator == '>='].format(_shown(nearest))}, so the bound must be {limit} "
                 f"{_shown(nearest, constraint.operator)}"
             )
     _require_compatible_sizes(constraints, largest.parameters)
@@ -127,17 +127,17 @@ def _possible(name: Name, kind: str, agent: Agent, space: SearchSpace) -> Possib
 def _ranges(
     smallest: PossibleModel, largest: PossibleModel, performance: Objective, base: Base | None
 ) -> dict[str, tuple[float, float, tuple[str, str]]]:
-    """Measurement -> least, most, and what to call either."""
+    """Measurement -> least, most, and half a sentence on either."""
     ranges: dict[str, tuple[float, float, tuple[str, str]]] = {}
-    for measurement in ("parameters", "size_ratio", "macs"):
-        unit = measurement.replace("_", " ")
-        called = (f"the smallest possible model has {unit}", f"the largest possible model has {unit}")
+    sizes = {"parameters": "{} parameters", "size_ratio": "size ratio {}", "macs": "{} MACs of a decision"}
+    for measurement, amount in sizes.items():
+        called = (f"the smallest possible model has {amount}", f"the largest possible model has {amount}")
         ranges[measurement] = (getattr(smallest, measurement), getattr(largest, measurement), called)
     for measurement in {performance.name, *LATENCIES} & NEVER_NEGATIVE:
-        ranges[measurement] = (0.0, math.inf, (f"{measurement.replace('_', ' ')} is never below", ""))
+        ranges[measurement] = (0.0, math.inf, (f"{measurement.replace('_', ' ')} is never below {{}}", ""))
     if base is not None and base.trained and performance.name in NEVER_NEGATIVE:
         most = base.retention(0.0)
-        called = ("", f"with a {performance.name.replace('_', ' ')} of 0, retention is")
+        called = ("", f"with a {performance.name.replace('_', ' ')} of 0, retention is {{}}")
         ranges["retention"] = (-math.inf, most, called)
     return ranges
 

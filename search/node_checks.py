@@ -58,7 +58,8 @@ def check_node(facts: Mapping[str, Any]) -> list[Finding]:
             findings += check(facts)
         except Exception as error:
             name = check.__name__.replace("_", " ")
-            findings.append(problem(name, f"the check failed: {type(error).__name__}: {error}", ""))
+            found = f"the check failed: {type(error).__name__}: {error}"
+            findings.append(problem(name, found, "see whether Python and its packages are whole there"))
     return findings
 
 
@@ -257,8 +258,10 @@ def _ray(expected: str) -> Finding:
 
 def _required(text: str) -> tuple[str, str, str]:
     """Name and version of a requirement as in a distribution's metadata, and what is wrong, if anything."""
-    from packaging.requirements import Requirement
-
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # it comes with Ray
+        return text, "", "not checked: the package packaging is not installed"
     requirement = Requirement(text)
     if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
         return requirement.name, "", ""
