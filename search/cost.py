@@ -8,10 +8,10 @@ from dataclasses import dataclass
 Stages = Mapping[str, float]
 """Stage of a trial -> seconds, in the order of the trial."""
 
-START_SECONDS = 8.0
-"""To start Ray and its workers on an idle machine; to join a running cluster takes less."""
+START_SECONDS = 10.0
+"""To start the command, Ray and its workers on an idle machine; to join a running cluster takes less."""
 
-FRONT_SHARE = 0.25
+FRONT_SHARE = 0.35
 """Share of the trials that is assumed to end on the front, all of which are measured on test data."""
 
 
@@ -137,8 +137,8 @@ def predict(
 ) -> SearchCost:
     """What a search takes with certain resources.
 
-    Trials run side by side, while proposals come one at a time from the driver, which shares this machine's
-    cores with the trials that run here.
+    Trials run side by side. Proposals come one at a time from the driver, each when a worker has become free,
+    which waits for it; and the driver shares this machine's cores with the trials that run here.
 
     Args:
         setting: the resources.
@@ -150,9 +150,9 @@ def predict(
         per_trial: every trial trains its own base.
     """
     one = measured.trial_seconds(setting.threads) + (train or 0.0 if per_trial else 0.0)
-    side_by_side = trials * one / setting.at_once
+    side_by_side = (trials * one + propose) / setting.at_once
     # The CPUs that there are have to do all of the work, the driver's too.
-    available = max(cores, setting.total_cpus) if setting.here else setting.total_cpus + 1
+    available = cores if setting.here else setting.total_cpus + 1
     work = (trials * one * setting.threads + propose) / available
     wall = max(side_by_side, work, propose)
     return SearchCost(

@@ -183,8 +183,8 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
     load = os.getloadavg()[0]
     if load > BUSY_LOAD + 1:
         notes.append(
-            f"This machine was busy with other work (load {load:.1f}), so that times are longer than they "
-            "need be, those with several threads by far."
+            f"This machine was busy with other work (load {load:.1f}): measured times are longer than they "
+            "need be, and several trials or threads at a time take longer than predicted while it is."
         )
     say(f"measuring how fast {config.search.sampler} proposes")
     propose = proposal_seconds(checked)

@@ -136,9 +136,9 @@ def basis_lines(plan: Outline, prediction: Prediction) -> list[str]:
     )
     if prediction.measured is not None:
         lines.append(
-            f"Start: {START_SECONDS:g} s for Ray and {prediction.measured.set_up:.1f} s more for a worker's "
-            f"first trial. Test: {prediction.measured.test:.2g} s for each trial of the front, taken to be "
-            f"{percent(FRONT_SHARE)} of all."
+            f"Start: {START_SECONDS:g} s for the command and Ray, {prediction.measured.set_up:.1f} s "
+            f"more for a worker's first trial. Test: {prediction.measured.test:.2g} s for each trial of the "
+            f"front, taken to be {percent(FRONT_SHARE)} of all."
         )
     return [*lines, *prediction.notes]
 

@@ -57,18 +57,18 @@ def test_the_driver_limits_many_workers(workers: int) -> None:
     assert cost.limit == "proposals"
 
 
-def test_here_the_driver_takes_from_the_workers_cores() -> None:
-    both = Setting(2, cpus=1.0, threads=1, here=True)
-    cost = predict(both, MEASURED, trials=10, propose=20.0, train=0.0, cores=2)
-    assert cost.trials == pytest.approx((10 * 10.0 + 20.0) / 2)
-    roomy = predict(both, MEASURED, trials=10, propose=20.0, train=0.0, cores=8)
-    assert roomy.trials == pytest.approx(50.0)
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_few_workers_wait_for_their_proposals(workers: int) -> None:
+    setting = Setting(workers, cpus=1.0, threads=1, here=False)
+    cost = predict(setting, MEASURED, trials=400, propose=400 * 1.0, train=0.0, cores=2)
+    assert cost.trials == pytest.approx(simulated(400, workers, 10.0, 1.0), rel=0.03)
+    assert cost.limit == "trials"
 
 
 def test_a_fraction_of_a_core_is_no_faster_than_the_cores_there_are() -> None:
     crowded = Setting(4, cpus=0.5, threads=1, here=True)
-    cost = predict(crowded, MEASURED, trials=10, propose=0.0, train=0.0, cores=2)
-    assert cost.trials == pytest.approx(10 * 10.0 / 2)
+    cost = predict(crowded, MEASURED, trials=10, propose=6.0, train=0.0, cores=2)
+    assert cost.trials == pytest.approx((10 * 10.0 + 6.0) / 2)
 
 
 def test_training_is_left_out_where_it_is_not_known_and_done_in_every_trial_where_asked() -> None:
