@@ -106,7 +106,8 @@ def profile(options: argparse.Namespace) -> int:
     """Say what a search would do and what it would cost; see `search.profile`."""
     from search.experiment import check
     from search.feasibility import require_reachable
-    from search.profile import estimate, outline
+    from search.outline import outline
+    from search.profile import estimate
     from search.profile_table import (
         basis_lines,
         component_table,

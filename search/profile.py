@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from agents.agent import Agent, agent_class, shared_ratios
-from components.dependency import DependencyGraph
 from components.errors import UserError
-from components.size import component_macs, component_sizes
 from search.arrays import to_tensors
-from search.base import TRACE_ROWS, Base, trace_agent
+from search.base import Base
 from search.cost import MeasuredTrials, SearchCost, predict, settings_of
 from search.determinism import deterministic
 from search.experiment import CheckedExperiment
-from search.feasibility import PossibleModel, possible_models, require_reachable
+from search.feasibility import PossibleModel, require_reachable
 from search.measurement import performance_of
+from search.outline import Outline
 from search.prepared_base import prepare
 from search.rehearsal import TrainingTime, rehearse
 from search.study import Study
@@ -36,69 +34,11 @@ BUDGET_SECONDS = 60.0
 SAMPLED_TRIALS = 1000
 """Longest history of a study that proposals are measured at."""
 
-BUSY_LOAD = 0.5
-"""Load average, beside the one of measuring itself, from which a machine counts as busy."""
+BUSY_LOAD = 1.5
+"""Load average of the last minute from which a machine counts as busy; measuring makes up to 1 of it."""
 
 Say = Callable[[str], None]
 """Told, in a few words, what is being measured."""
-
-
-@dataclass(frozen=True)
-class ComponentCost:
-    """A component of the unpruned agent.
-
-    Attributes:
-        name: of the component; `other` has what belongs to none.
-        parameters: scalars.
-        macs: multiply-accumulates of its weights in one decision.
-    """
-
-    name: str
-    parameters: int
-    macs: int
-
-
-@dataclass(frozen=True)
-class GroupFacts:
-    """A pruning group.
-
-    Attributes:
-        name: of the group.
-        channels: of the unpruned model.
-        least: channels that always stay.
-        components: whose parameters it cuts; several where it is a coupling group.
-        shares_with: groups that are pruned by the same ratio.
-        searched: False for a group of one channel.
-    """
-
-    name: str
-    channels: int
-    least: int
-    components: tuple[str, ...]
-    shares_with: tuple[str, ...]
-    searched: bool
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What would be searched; made without training or running anything.
-
-    Attributes:
-        experiment: its name.
-        kind: of the agent.
-        trials, sampler, dimensions: of the search.
-        components, groups: of the unpruned agent.
-        models: the smallest, the middle and the largest possible one.
-    """
-
-    experiment: str
-    kind: str
-    trials: int
-    sampler: str
-    dimensions: int
-    components: tuple[ComponentCost, ...]
-    groups: tuple[GroupFacts, ...]
-    models: tuple[PossibleModel, ...]
 
 
 @dataclass(frozen=True)
@@ -124,23 +64,6 @@ class Prediction:
     device: str
     costs: tuple[SearchCost, ...]
     notes: tuple[str, ...]
-
-
-def outline(checked: CheckedExperiment) -> Outline:
-    """What an experiment would search."""
-    agent, space, config = checked.agent, checked.space, checked.config
-    graph = trace_agent(agent, agent.calibration_inputs(TRACE_ROWS, config.base.seed))
-    models = possible_models(config.agent.kind, agent, space)
-    return Outline(
-        experiment=config.name,
-        kind=config.agent.kind,
-        trials=config.search.trials,
-        sampler=config.search.sampler,
-        dimensions=len(space.dimensions),
-        components=_components(config.agent.kind, agent, graph),
-        groups=_groups(agent, graph, models[0]),
-        models=models,
-    )
 
 
 def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
@@ -180,11 +103,11 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
             "Trials were measured on a base that has barely trained: their time hardly depends on the "
             "weights, what they achieve does and is not shown."
         )
-    load = os.getloadavg()[0]
-    if load > BUSY_LOAD + 1:
+    if is_busy():
         notes.append(
-            f"This machine was busy with other work (load {load:.1f}): measured times are longer than they "
-            "need be, and several trials or threads at a time take longer than predicted while it is."
+            f"This machine is busy with other work (load {os.getloadavg()[0]:.1f}): measured times are longer "
+            "than they need be, several trials at a time take longer than predicted while it is, and trials "
+            "with several threads, which suffer most, were not measured."
         )
     say(f"measuring how fast {config.search.sampler} proposes")
     propose = proposal_seconds(checked)
@@ -333,36 +256,14 @@ def proposal_seconds(checked: CheckedExperiment) -> float:
     return float(np.interp(np.arange(search.trials), places, seconds).sum())
 
 
+def is_busy() -> bool:
+    """Whether this machine does other work besides measuring."""
+    return os.getloadavg()[0] > BUSY_LOAD
+
+
 def usable_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _components(kind: str, agent: Agent, graph: DependencyGraph) -> tuple[ComponentCost, ...]:
-    fresh = agent_class(kind)(agent.options, None, agent.data())  # it has made no copies of its weights yet
-    one = fresh.example_inputs(1)
-    products = component_macs(lambda: fresh.act(one), fresh.model, fresh.components)
-    sizes = component_sizes(graph, agent.model)
-    names = dict.fromkeys([*sizes, *products])
-    return tuple(ComponentCost(name, sizes.get(name, 0), products.get(name, 0)) for name in names)
-
-
-def _groups(agent: Agent, graph: DependencyGraph, smallest: PossibleModel) -> tuple[GroupFacts, ...]:
-    shared: Mapping[str, str] = shared_ratios(agent)
-    keys = {group.name: shared.get(group.name, group.name) for group in graph.groups}
-    return tuple(
-        GroupFacts(
-            name=group.name,
-            channels=group.size,
-            least=smallest.widths[group.name],
-            components=tuple(name for name in graph.components if name in group.components),
-            shares_with=tuple(
-                other for other, key in keys.items() if key == keys[group.name] and other != group.name
-            ),
-            searched=group.size > 1,
-        )
-        for group in graph.groups
-    )
 
 
 def _rehearsed(checked: CheckedExperiment, settings: TrialSettings, say: Say) -> tuple[Base, TrainingTime]:
@@ -416,7 +317,7 @@ def _test_seconds(base: Base, result: TrialResult, threads: int) -> float:
 
 def _thread_counts(own: int, cpus: float, device: str) -> list[int]:
     """Numbers of CPU threads of a trial to try besides the experiment's own: powers of 2 that are here."""
-    if device != "cpu" or cpus < 1:
+    if device != "cpu" or cpus < 1 or is_busy():
         return []
     powers = [2**power for power in range(4) if 2**power <= usable_cores()]
     return [threads for threads in powers if threads != own]

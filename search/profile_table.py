@@ -10,7 +10,8 @@ from rich.table import Table
 from search.cost import FRONT_SHARE, START_SECONDS, SearchCost
 from search.front import percent
 from search.front_table import plain_table
-from search.profile import Outline, Prediction
+from search.outline import Outline
+from search.profile import Prediction
 
 
 def component_table(plan: Outline) -> Table:
@@ -144,11 +145,13 @@ def basis_lines(plan: Outline, prediction: Prediction) -> list[str]:
 
 
 def about(seconds: float) -> str:
-    """Seconds to two or three digits: `4.2 s`, `85 s`, `12 min`, `3.5 h`."""
+    """Seconds to two digits: `4.2 s`, `85 s`, `3.1 min`, `12 min`, `3.5 h`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
+    if seconds < 597:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 

@@ -14,7 +14,8 @@ from search.cli import main
 from search.config import load_experiment, parse_experiment, shipped_experiments
 from search.experiment import CheckedExperiment, check
 from search.measurement import decision_macs
-from search.profile import Outline, outline, proposal_seconds
+from search.outline import Outline, outline
+from search.profile import proposal_seconds
 
 SIZES = ("smallest", "middle", "largest", "mean")
 
