@@ -105,9 +105,9 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
         )
     if is_busy():
         notes.append(
-            f"This machine is busy with other work (load {os.getloadavg()[0]:.1f}): measured times are longer "
-            "than they need be, several trials at a time take longer than predicted while it is, and trials "
-            "with several threads, which suffer most, were not measured."
+            f"This machine is busy with other work (load {os.getloadavg()[0]:.1f}): measured times are "
+            "longer than they need be, several trials at a time take longer than predicted while it is, and "
+            "trials with several threads, which suffer most, were not measured."
         )
     say(f"measuring how fast {config.search.sampler} proposes")
     propose = proposal_seconds(checked)

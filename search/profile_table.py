@@ -118,7 +118,7 @@ def cost_table(prediction: Prediction, trials: int) -> Table:
             about(cost.test),
             f"{whole} + base" if cost.train is None else whole,
             cost.limit,
-            "here, as configured" if place == 0 else elsewhere,
+            "as configured" if place == 0 else elsewhere,
         )
     return table
 

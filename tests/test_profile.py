@@ -124,7 +124,7 @@ def test_tables_fit_a_terminal_and_say_everything(capsys) -> None:
         "299",
         "fine-tune",
         "Predicted time of the search, 10 trials",
-        "here, as configured",
+        "as configured",
         "trained in full",
     ):
         assert words in output
