@@ -3,8 +3,8 @@
 An agent is a trainable, evaluable model with named components, built from *widths* (the size of every pruning
 group), so that a pruned agent is one with smaller widths and a smaller state. Any class with the members of
 `Agent` is one; it need not inherit anything. Below `Agent` stands what it may have besides: `Student`,
-`calibration_program`, `shared_ratios`, `searchable_options`. `tests/agent_contract.py` checks what is
-promised here.
+`calibration_program`, `shared_ratios`, `searchable_options`, `rehearsal`. `tests/agent_contract.py` checks
+what is promised here.
 """
 
 from __future__ import annotations
@@ -239,6 +239,29 @@ def searchable_options(agent: Agent) -> tuple[str, ...]:
     """
     names: tuple[str, ...] = getattr(agent, "searchable_options", ())
     return names
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """How to train an agent so briefly that it learns nothing, to measure what training and trials cost.
+
+    Attributes:
+        options: all of them, for a training of seconds that tells of its progress several times, after the
+            first at the speed of the whole training; the agent has the same shapes, and data for trials then.
+        steps: what `progress` is told as the total of the whole training, in the same unit.
+    """
+
+    options: Mapping[str, Any]
+    steps: int
+
+
+def rehearsal(agent: Agent) -> Rehearsal | None:
+    """How to rehearse the training: the agent's `rehearsal`; None for one that can be stopped at any step.
+
+    An agent whose trials need what only a finished training leaves, as experience, has a `rehearsal`.
+    """
+    how: Rehearsal | None = getattr(agent, "rehearsal", None)
+    return how
 
 
 # --- parts of agents -------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.dependency import DependencyGraph, owner
@@ -68,6 +71,72 @@ def macs(call: Callable[[], object]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     return int(counter.get_total_flops()) // 2
+
+
+def component_macs(
+    call: Callable[[], object], model: nn.Module, components: Mapping[str, Iterable[str]]
+) -> dict[str, int]:
+    """The multiply-accumulates of one call, by the component whose weights they multiply.
+
+    They add up to `macs(call)`. Copies of weights that are made during the call (casts, transposes, stacks)
+    belong to the component of what they were copied from; the products of a stack of several components'
+    weights are shared out equally. What belongs to no component, such as products with copies that were made
+    before, is under `"other"`, which is there only if it has any.
+
+    Args:
+        call: one decision of a model that was just built, or whose weights were just changed.
+        model: whose parameters are used.
+        components: component -> module path prefixes.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, _Attribution(counter) as attribution:
+        for name, parameter in model.named_parameters():
+            attribution.own(parameter, frozenset({owner(name, components) or UNOWNED}))
+        call()
+    found = {name: attribution.flops.get(name, 0) // 2 for name in [*components, UNOWNED]}
+    return {name: count for name, count in found.items() if count or name != UNOWNED}
+
+
+class _Attribution(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows weights through a call, by their memory, and notes whose weights the products multiply."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: dict[str, int] = {}
+        self._counter = counter
+        self._owners: dict[int, frozenset[str]] = {}  # address of a tensor's memory -> components
+        self._alive: list[Tensor] = []  # so that no address is used again
+
+    def own(self, tensor: Tensor, components: frozenset[str]) -> None:
+        """Note whose a tensor is."""
+        if address := tensor.untyped_storage().data_ptr():
+            self._owners[address] = components
+            self._alive.append(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = self._counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        made = self._counter.get_total_flops() - before
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        owners = [self._owners.get(tensor.untyped_storage().data_ptr()) for tensor in inputs]
+        known = sorted(frozenset().union(*(found for found in owners if found)))
+        if made:
+            each, rest = divmod(made // 2, max(len(known), 1))
+            for place, name in enumerate(known or [UNOWNED]):
+                share = each + (place < rest)
+                self.flops[name] = self.flops.get(name, 0) + 2 * share
+        elif known and all(owners) and not _is_new(func):
+            for output in tree_leaves(result):
+                if isinstance(output, Tensor):
+                    self.own(output, frozenset(known))
+        return result
+
+
+def _is_new(func: Any) -> bool:
+    """Whether an operator takes only shape and type from its input."""
+    name = func.__name__.partition(".")[0]
+    return bool(name.startswith("new_") or name.endswith("_like"))
 
 
 def latency(call: Callable[[], object], repeats: int = 200, warmup: int = 20) -> Latency:

@@ -128,32 +128,57 @@ def train_base(
         start = time.perf_counter()
         agent.train(seed, tracker, progress)
         seconds = time.perf_counter() - start
-        states = agent.states()
-        # Only now: an agent that gathers its own data, as in reinforcement learning, has them by training.
-        calibration = agent.calibration_inputs(CALIBRATION_ROWS, seed)
-        needs = {importance.METRICS[metric].needs for metric in metrics if metric in importance.METRICS}
-        statistics = tracker.statistics() if "statistics" in needs else None
-        grams = None
-        if reconstruction == "gram" or "grams" in needs:
-            program = calibration_program(agent)
-            grams = record(graph, agent.model, lambda model: program(model, calibration)).grams
-        scores = {
-            metric: importance.score(
-                metric, graph, state=states["model"], statistics=statistics, grams=grams, seed=seed
-            )
-            for metric in metrics
-        }
         base = replace(
-            _describe(kind, agent, graph, calibration, seed),
-            states={section: to_arrays(state) for section, state in states.items()},
-            scores={metric: to_arrays(by_group) for metric, by_group in scores.items()},
-            history=to_arrays(tracker.history().to_tensors()),
-            grams=to_arrays(grams.to_tensors()) if grams is not None and reconstruction == "gram" else None,
+            scored_base(kind, agent, graph, tracker, seed, metrics, reconstruction),
             performance={split: performance_of(agent, split) for split in SPLITS},
             training_seconds=seconds,
         )
     _require_better_than_trivial(base, agent)
     return base
+
+
+def scored_base(
+    kind: str,
+    agent: Agent,
+    graph: DependencyGraph,
+    tracker: ImportanceTracker,
+    seed: int,
+    metrics: Sequence[str],
+    reconstruction: str,
+) -> Base:
+    """What trials take from an agent that has been training, its performance apart.
+
+    Args:
+        kind, seed, metrics, reconstruction: as in `train_base`.
+        agent: as its training left it.
+        graph: of its model.
+        tracker: what followed the training.
+
+    Raises:
+        MissingStatisticsError: a metric needs what the tracker has not seen.
+    """
+    states = agent.states()
+    # Only now: an agent that gathers its own data, as in reinforcement learning, has them by training.
+    calibration = agent.calibration_inputs(CALIBRATION_ROWS, seed)
+    needs = {importance.METRICS[metric].needs for metric in metrics if metric in importance.METRICS}
+    statistics = tracker.statistics() if "statistics" in needs else None
+    grams = None
+    if reconstruction == "gram" or "grams" in needs:
+        program = calibration_program(agent)
+        grams = record(graph, agent.model, lambda model: program(model, calibration)).grams
+    scores = {
+        metric: importance.score(
+            metric, graph, state=states["model"], statistics=statistics, grams=grams, seed=seed
+        )
+        for metric in metrics
+    }
+    return replace(
+        _describe(kind, agent, graph, calibration, seed),
+        states={section: to_arrays(state) for section, state in states.items()},
+        scores={metric: to_arrays(by_group) for metric, by_group in scores.items()},
+        history=to_arrays(tracker.history().to_tensors()),
+        grams=to_arrays(grams.to_tensors()) if grams is not None and reconstruction == "gram" else None,
+    )
 
 
 def untrained_base(

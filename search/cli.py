@@ -1,7 +1,8 @@
 """The `prunefront` command: arguments in, sentences and exit codes out.
 
-Exit codes: 0 done; 1 a bundle did not pass its verification; 2 the request cannot be met, for one reason;
-75 the cluster was lost for good; 130 interrupted. Everything that was finished is kept in any case.
+Exit codes: 0 done; 1 a bundle did not pass its verification, or `doctor` found a problem; 2 the request
+cannot be met, for one reason; 75 the cluster was lost for good; 130 interrupted. Everything that was finished
+is kept in any case.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_front(commands)
     _add_select(commands)
     _add_verify(commands)
+    _add_profile(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -192,6 +195,45 @@ def _add_verify(commands: Any) -> None:
         "Exit code 1 if outputs differ.",
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the directory that `select` made")
+
+
+def _add_profile(commands: Any) -> None:
+    parser = commands.add_parser(
+        "profile",
+        help="what a search would do, and what it would cost",
+        description="List what a search would choose, check that its constraints can be met, run a trial of "
+        "each size and predict what the search would cost. Nothing is written. Takes a minute or two.",
+    )
+    _add_experiment(parser)
+    parser.add_argument("--trials", type=int, help="how many trials to plan for (search.trials)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="is this machine, or every node of a cluster, ready",
+        description="Check versions, packages, renderer, GPUs, memory, storage, W&B and Ray on this machine, "
+        "or on every node of a running Ray cluster, and say how to mend what is wrong. "
+        "Exit code 1 if there is a problem.",
+    )
+    parser.add_argument("--address", help="of a running Ray cluster, host:port or auto; default: look here")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    parser.add_argument(
+        "--seconds",
+        type=_positive,
+        default=120.0,
+        metavar="S",
+        help="that a node may take to answer (default: 120)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _positive(text: str) -> float:
+    value = _finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def _finite(text: str) -> float:

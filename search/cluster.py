@@ -31,9 +31,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from components.errors import UserError
 from search.trial_types import Proposal, TrialResult, TrialSpec, timestamp
@@ -583,6 +584,83 @@ def _cluster_lives() -> bool:
 def _own_node() -> Any:
     """Ray's account of what this process has started; there is no public one."""
     return ray._private.worker._global_node
+
+
+@dataclass(frozen=True)
+class NodeAnswer:
+    """What became of a call on one node.
+
+    Attributes:
+        node: its host name and address.
+        answer: what the function returned; None where it did not.
+        fault: why it did not, in a few words; empty where it did.
+    """
+
+    node: str
+    answer: Any
+    fault: str
+
+
+def on_every_node(
+    function: Callable[[dict[str, Any]], object],
+    known: Mapping[str, Any],
+    address: str | None,
+    seconds: float,
+) -> list[NodeAnswer]:
+    """Call a function once on every living node of a cluster, all at the same time; it occupies no CPU there.
+
+    Args:
+        function: gets what is `known` and, as Ray has them of its node, `cpus`, `gpus`, `object_store_bytes`
+            and `temporary`, the directory of Ray's files. The whole module that it is of is sent along, so
+            that nodes need not have it; it may import the standard library only.
+        known: plain values for every node.
+        address: of a running cluster; None starts one on this machine and stops it afterwards.
+        seconds: that a node may take to answer.
+
+    Raises:
+        UserError: no cluster answers at the address.
+    """
+    module = sys.modules[function.__module__]
+    cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    try:
+        with _environment(_ENVIRONMENT), _quiet_ray(), _cluster(address):
+            every = ray.nodes()  # type: ignore[no-untyped-call]
+            nodes = {node["NodeID"]: node for node in every if node["Alive"]}
+            task = ray.remote(num_cpus=0, max_retries=0)(function)
+            calls = {}
+            for identifier, node in nodes.items():
+                only_there = NodeAffinitySchedulingStrategy(identifier, soft=False)
+                facts = {**known, **_facts(node)}
+                calls[identifier] = task.options(scheduling_strategy=only_there).remote(facts)
+            ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds)
+            return [_answer_of(node, calls[identifier], seconds) for identifier, node in nodes.items()]
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
+
+
+def _facts(node: Mapping[str, Any]) -> dict[str, Any]:
+    """What Ray says of a node."""
+    resources = node["Resources"]
+    return {
+        "cpus": resources.get("CPU", 0.0),
+        "gpus": resources.get("GPU", 0.0),
+        "object_store_bytes": resources.get("object_store_memory", 0.0),
+        "temporary": str(
+            Path(node["ObjectStoreSocketName"]).parents[2]
+        ),  # .../session_.../sockets/plasma_store
+    }
+
+
+def _answer_of(node: Mapping[str, Any], call: Any, seconds: float) -> NodeAnswer:
+    """What a node has answered by now."""
+    name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}:{node['NodeManagerPort']})"
+    try:
+        return NodeAnswer(name, ray.get(call, timeout=0), "")
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(call, force=True)
+        return NodeAnswer(name, None, f"it did not answer within {seconds:g} s")
+    except Exception as error:
+        return NodeAnswer(name, None, f"it could not run the checks: {describe(error)}")
 
 
 def _trial_name(trial: Trial) -> str:

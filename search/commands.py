@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -101,6 +103,62 @@ def verify(options: argparse.Namespace) -> int:
     return 1
 
 
+def profile(options: argparse.Namespace) -> int:
+    """Say what a search would do and what it would cost; see `search.profile`."""
+    from search.experiment import check
+    from search.feasibility import require_reachable
+    from search.outline import outline
+    from search.profile import estimate
+    from search.profile_table import (
+        basis_lines,
+        component_table,
+        cost_table,
+        group_table,
+        model_table,
+        stage_table,
+        to_json,
+    )
+
+    checked = check(*load(options), may_exist=True)
+    plan = outline(checked)
+    console = make_console()
+    if not options.json:
+        for table in (component_table(plan), group_table(plan), model_table(plan)):
+            console.print(table)
+    smallest, _, largest = plan.models
+    performance = checked.agent.performance
+    require_reachable(checked.config.search.constraints, smallest, largest, performance)
+    with telling(aloud=not options.json) as say:
+        prediction = estimate(checked, plan, say)
+    if options.json:
+        print(json.dumps(to_json(plan, prediction), indent=2, ensure_ascii=False))
+        return 0
+    if prediction.measured is not None:
+        console.print(stage_table(prediction, plan.trials))
+        console.print(cost_table(prediction, plan.trials))
+    for line in basis_lines(plan, prediction):
+        console.print(line, highlight=False, markup=False)
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Check this machine or every node of a cluster; 1 if there is a problem. See `search.doctor`."""
+    from search.doctor import examine
+    from search.doctor_table import check_table, to_json, verdict
+
+    with telling(aloud=not options.json) as say:
+        say("starting Ray and checking" if options.address is None else f"checking {options.address}")
+        machines = examine(options.address, options.runs_dir, options.seconds)
+    if options.json:
+        print(json.dumps(to_json(machines), indent=2, ensure_ascii=False))
+    else:
+        console = make_console()
+        for machine in machines:
+            console.print(check_table(machine))
+        console.print(verdict(machines), highlight=False, markup=False)
+    return 1 if any(machine.problems for machine in machines) else 0
+
+
 def find_run(name_or_path: str, runs: Path) -> RunDirectory:
     """The run directory of a path, or of a name in the directory of all runs.
 
@@ -151,6 +209,17 @@ def _wish(options: argparse.Namespace) -> Wish:
     if options.trial is not None:
         return Wish("trial", options.trial)
     return Wish("knee")
+
+
+@contextmanager
+def telling(aloud: bool) -> Iterator[Callable[[str], None]]:
+    """Says what is being done: in place on a terminal; elsewhere, where `aloud`, as lines of the output."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda words: print(f"{words} ...", flush=True) if aloud else None
+        return
+    with console.status("") as status:
+        yield lambda words: status.update(f"{words} ...")
 
 
 def make_console() -> Console:

@@ -71,16 +71,7 @@ class CheckedExperiment:
         database.require_ready(new=not self.resume)
         run, base = self._run_and_base(progress)
         dense = prepare(base)
-        pruning = self.config.pruning
-        settings = TrialSettings(
-            metrics=pruning.metrics,
-            objectives=tuple(objective.name for objective in self.objectives),
-            reconstruction=pruning.reconstruction,
-            fine_tune_method=pruning.fine_tune.method,
-            fine_tune_updates=pruning.fine_tune.updates,
-            base_mode=self.config.base.mode,
-            threads=_threads(self.config),
-        )
+        settings = self.trial_settings()
         keeper = FrontKeeper(run, dense, self.objectives, self.config.search.constraints, settings.threads)
         notices = run.mend() if self.resume else []
         keeper.restore(run.read_trials())
@@ -102,6 +93,32 @@ class CheckedExperiment:
     def database(self) -> StudyDatabase:
         """Where the Optuna study is written."""
         return StudyDatabase(self.config.storage or RunDirectory(self.path).study, self.path.name)
+
+    def trial_settings(self) -> TrialSettings:
+        """What all trials of the search share."""
+        pruning = self.config.pruning
+        return TrialSettings(
+            metrics=pruning.metrics,
+            objectives=tuple(objective.name for objective in self.objectives),
+            reconstruction=pruning.reconstruction,
+            fine_tune_method=pruning.fine_tune.method,
+            fine_tune_updates=pruning.fine_tune.updates,
+            base_mode=self.config.base.mode,
+            threads=_threads(self.config),
+        )
+
+    def stored_base(self) -> Base | None:
+        """The base in the run directory, if it is what the experiment asks for; None otherwise.
+
+        Raises:
+            CorruptFileError: a file of it is damaged.
+        """
+        return load_base(RunDirectory(self.path).base) if _holds_base(self.path, self.config) else None
+
+    @property
+    def device(self) -> str:
+        """Where the base is trained: on the GPU if there is one and trials may use it."""
+        return _device(self.config)
 
     def train(self, progress: Progress) -> tuple[RunDirectory, Base]:
         """Make a run directory that holds the experiment and its base alone; `make_ready` goes on with it.
@@ -269,13 +286,16 @@ class ReadySearch:
         return self.keeper.finish(measure_again=not outcome.interrupted)
 
 
-def check(config: ExperimentConfig, path: Path, *, resume: bool = False) -> CheckedExperiment:
+def check(
+    config: ExperimentConfig, path: Path, *, resume: bool = False, may_exist: bool = False
+) -> CheckedExperiment:
     """Everything that can be checked before the work begins; nothing is written.
 
     Args:
         config: the experiment.
         path: of the run directory.
         resume: go on with what is there; it has to be the same search, but for its budget and resources.
+        may_exist: a run directory that is in use is no fault, as nothing will be written to it.
 
     Raises:
         UserError: an unknown agent, option, fine-tuning method or objective, an option that cannot be
@@ -291,7 +311,7 @@ def check(config: ExperimentConfig, path: Path, *, resume: bool = False) -> Chec
     objectives = resolve_objectives(config.search.objectives, config.search.constraints, agent.performance)
     if resume:
         _require_same_search(path, config)
-    elif path.exists() and not _holds_base_only(path, config):
+    elif path.exists() and not may_exist and not _holds_base_only(path, config):
         raise RunDirectory.in_use(path)
     graph = trace_agent(agent, agent.calibration_inputs(TRACE_ROWS, config.base.seed))
     space = SearchSpace.build(
@@ -377,8 +397,13 @@ def _option_ranges(config: ExperimentConfig, agent: Agent) -> dict[str, OptionRa
 
 def _holds_base_only(path: Path, config: ExperimentConfig) -> bool:
     """Whether `train` made this directory, and what it trained is what the experiment asks for."""
+    return not RunDirectory(path).trials.exists() and _holds_base(path, config)
+
+
+def _holds_base(path: Path, config: ExperimentConfig) -> bool:
+    """Whether a run directory has the base that the experiment asks for."""
     run = RunDirectory(path)
-    if run.trials.exists() or not (run.base / "metrics.json").is_file() or not run.experiment.is_file():
+    if not (run.base / "metrics.json").is_file() or not run.experiment.is_file():
         return False
     try:
         before = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))

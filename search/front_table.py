@@ -25,7 +25,7 @@ SHOWN_FAILURES = 5
 
 def front_table(front: Front) -> Table:
     """Size, cost and performance of a front's trials, smallest first; performance on test data once known."""
-    table = _table(f"Front of {front.experiment}: {len(front.trials)} trials")
+    table = plain_table(f"Front of {front.experiment}: {len(front.trials)} trials")
     extra = [name for name in _names(front) if name not in ("parameters", "macs", front.performance)]
     split = "test" if front.tested else "validation"
     for heading in ("trial", "size", "parameters", "MACs", "retention", "test"):
@@ -65,7 +65,7 @@ def base_line(base: Base, performance: str) -> str:
 
 def retention_table(front: Front) -> Table:
     """The best retention at or below 1, 2, 5, 10 and 25 % of the base's size, chosen on validation data."""
-    table = _table("Best retention at or below a size")
+    table = plain_table("Best retention at or below a size")
     rows = front.retention_at()
     table.add_column("size", no_wrap=True)
     for row in rows:
@@ -129,7 +129,7 @@ def stage_line(results: Sequence[TrialResult]) -> str:
 
 def verification_table(report: VerificationReport) -> Table:
     """What a bundle says of itself, and what it measures now."""
-    table = _table("Measured again")
+    table = plain_table("Measured again")
     for heading in ("", "stored", "now"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in report.measurements:
@@ -137,7 +137,8 @@ def verification_table(report: VerificationReport) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """An empty table as all of the command's look."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
 
 

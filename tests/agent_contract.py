@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 import components
-from agents.agent import Agent, Objective, Student, calibration_program, searchable_options, shared_ratios
+from agents.agent import (
+    Agent,
+    Objective,
+    Student,
+    calibration_program,
+    rehearsal,
+    searchable_options,
+    shared_ratios,
+)
 from components import DependencyGraph, importance
 from components.tracker import ImportanceTracker
 
@@ -68,6 +76,13 @@ class AgentContract:
         again = type(agent)(options)
         assert json.loads(json.dumps(dict(again.options))) == options
         assert dict(again.widths) == dict(agent.widths)
+
+    def test_a_rehearsal_is_of_an_agent_of_the_same_shapes(self) -> None:
+        agent = self.make_agent()
+        how = rehearsal(agent)
+        if how is not None:
+            assert how.steps >= 1
+            assert dict(type(agent)(how.options).widths) == dict(agent.widths)
 
     def test_components_cover_the_model(self) -> None:
         agent = self.make_agent()

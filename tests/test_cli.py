@@ -67,7 +67,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for command in ("search", "train", "front", "select", "verify"):
+    for command in ("search", "train", "front", "select", "verify", "profile", "doctor"):
         assert command in done.stdout
 
 
@@ -75,7 +75,8 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     [], ["serch"], ["search"], ["select", "toy"], ["select", "toy", "--out", "x"],
     ["select", "toy", "--knee", "--trial", "3", "--out", "x"], ["select", "toy", "--knee"],
     ["select", "toy", "--min-retention", "nan", "--out", "x"], ["select", "toy", "--trial", "x"],
-    ["search", "autoencoder", "--trials", "many"],
+    ["search", "autoencoder", "--trials", "many"], ["profile"], ["profile", "autoencoder", "--trials", "x"],
+    ["doctor", "--seconds", "0"], ["doctor", "autoencoder"],
 ])  # fmt: skip
 def test_wrong_usage_ends_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:
@@ -100,6 +101,13 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
     (["search", "autoencoder", "--set", "pruning.coefficients=per_component"], "at least 140, not 64"),
     (["train", "autoencodr"], "unknown experiment 'autoencodr'"),
     (["train", "autoencoder", "--set", "agent.latnt=4"], "did you mean 'latent'?"),
+    (["profile", "autoencodr"], "unknown experiment 'autoencodr': did you mean 'autoencoder'?"),
+    (["profile", "autoencoder", "--set", "agent.latnt=4"], "did you mean 'latent'?"),
+    (["profile", "autoencoder", "--json", "--set", "search.constraints={parameters: '<= 100'}"],
+     "search.constraints.parameters is '<= 100.0', which no trial can meet: the smallest possible model has "
+     "465 parameters, so the bound must be at least 465"),
+    (["doctor", "--address", "nowhere"], "address 'nowhere' is neither 'auto' nor of the form 'host:port'"),
+    (["doctor", "--json", "--address", "127.0.0.1:1"], "no Ray cluster answers at address '127.0.0.1:1'"),
     (["front", "nowhere"], "there is no run 'nowhere': there are no runs in runs"),
     (["front", "./nowhere"], "there is no run directory nowhere"),
     (["front", "."], "is not a run directory"),

@@ -12,7 +12,7 @@ from torch import nn
 
 from components.dependency import DependencyGraph
 from components.errors import UserError
-from components.size import Latency, component_sizes, latency, macs, parameter_count
+from components.size import Latency, component_macs, component_sizes, latency, macs, parameter_count
 
 
 def model() -> nn.ModuleDict:
@@ -73,6 +73,43 @@ def test_macs_record_no_gradients() -> None:
     layer = nn.Linear(2, 2)
     macs(lambda: outputs.append(layer(torch.ones(1, 2))))
     assert not outputs[0].requires_grad
+
+
+def test_macs_belong_to_the_component_whose_weights_are_multiplied() -> None:
+    nets = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(4, 5), "c": nn.Linear(4, 5)})
+    a, b, c = (nets[name] for name in "abc")
+    components = {"first": ["a"], "second": ["b"], "third": ["c"]}
+    rows = torch.ones(2, 3)
+
+    def plainly() -> None:
+        hidden = a(rows)
+        b(hidden), c(hidden), c(hidden)
+
+    def by_copies() -> None:
+        hidden = rows.double() @ a.weight.double().t() + a.bias
+        stacked = torch.stack([b.weight.t(), c.weight.t()]).double()
+        torch.bmm(hidden.expand(2, 2, 4), stacked)
+        hidden @ hidden.t()  # of no component
+        torch.zeros_like(a.weight) @ rows.t()  # of no component: only its shape is a weight's
+
+    assert component_macs(plainly, nets, components) == {"first": 24, "second": 40, "third": 80}
+    found = component_macs(by_copies, nets, components)
+    assert found == {"first": 24, "second": 40, "third": 40, "other": 16 + 24}
+    assert sum(found.values()) == macs(by_copies)
+    partly = component_macs(plainly, nets, {"first": ["a"]})
+    assert partly == {"first": 24, "other": 120}
+    with torch.inference_mode():
+        assert component_macs(plainly, nets, components) == {"first": 24, "second": 40, "third": 80}
+
+
+def test_macs_of_a_stack_are_shared_out_without_rest() -> None:
+    nets = nn.ModuleDict({name: nn.Linear(1, 1, bias=False) for name in "abc"})
+
+    def call() -> None:
+        torch.stack([net.weight for net in nets.values()]).sum(0) @ torch.ones(1, 1)
+
+    found = component_macs(call, nets, {name: [name] for name in "abc"})
+    assert sum(found.values()) == macs(call) == 1
 
 
 def test_latency_orders_its_figures_and_names_the_host() -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from agents.agent import UNTRACKED, Objective, Progress, Split, Tracker
+from agents.agent import UNTRACKED, Objective, Progress, Rehearsal, Split, Tracker
 from agents.environments import EnvironmentSpec
 from agents.lockstep import Trajectory
 from agents.options import parse_options
@@ -26,6 +26,9 @@ from components.errors import UserError, nearest
 
 EXAMPLES = 64
 """Observations of a random episode that stand for the inputs of `act`."""
+
+REHEARSAL_DECISIONS = 20
+"""Of each of the three episodes of a rehearsal."""
 
 BFLOAT16_WIDTH = 64
 """Width of hidden layers from which bfloat16 products, conversions included, are the faster ones."""
@@ -164,6 +167,15 @@ class TDMPC:
             note = f"return {training.latest_return:.1f}"
             progress(min(steps, self._options.steps), self._options.steps, note)
         self.finish_training(training)
+
+    @property
+    def rehearsal(self) -> Rehearsal:
+        """Three short episodes, one random and two planned over the full horizon, and their updates."""
+        decisions = max(REHEARSAL_DECISIONS, 2 * self._options.horizon)
+        steps = decisions * self.spec.action_repeat
+        schedules = {"seed_decisions": decisions, "exploration_decisions": 1, "horizon_decisions": 1}
+        short = {"step_limit": steps, "steps": 3 * steps, **schedules}
+        return Rehearsal({**self.options, **short}, self._options.steps)
 
     def start_training(self, seed: int) -> Training:
         """A training of this agent's model from new random weights; for checkpoints along the way."""
