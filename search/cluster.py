@@ -32,6 +32,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import ray
 from ray import cloudpickle, tune
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -208,20 +209,21 @@ def run_search(
 
 def _tune(trainable: Any, driver: _Driver, count_slots: Callable[[], int], scratch: str) -> None:
     """Run trials until there are no more, or `_Stop` is raised."""
-    tune.run(
-        trainable,
-        name="search",
-        num_samples=-1,  # the searcher says when there are no more: some trials run again
-        search_alg=_Searcher(driver),
-        callbacks=[_Callback(driver, count_slots)],
-        storage_path=scratch,
-        reuse_actors=True,
-        checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-        trial_name_creator=_trial_name,
-        trial_dirname_creator=_trial_name,
-        raise_on_failed_trial=False,
-        verbose=0,
-    )
+    with _unhurried_actors():
+        tune.run(
+            trainable,
+            name="search",
+            num_samples=-1,  # the searcher says when there are no more: some trials run again
+            search_alg=_Searcher(driver),
+            callbacks=[_Callback(driver, count_slots)],
+            storage_path=scratch,
+            reuse_actors=True,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
 
 
 class _Driver:
@@ -665,6 +667,29 @@ def _answer_of(node: Mapping[str, Any], call: Any, seconds: float) -> NodeAnswer
 
 def _trial_name(trial: Trial) -> str:
     return f"trial-{trial.trial_id}"
+
+
+@contextmanager
+def _unhurried_actors() -> Iterator[None]:
+    """Let workers finish starting.
+
+    Tune gives a trial whose own worker is still starting the first other one that becomes free, and ends the
+    one that starts. Where a trial is over before a worker has started, which imports torch, no second worker
+    would ever come to life: not on a node that has joined, nor after one was lost.
+    """
+    original = TuneController._maybe_reuse_cached_actor
+
+    def reuse(self: TuneController, trial: Trial) -> bool:
+        own = self._trial_to_actor.get(trial)
+        # One that waits for room waits for ever, where the free one holds it.
+        has_room = own is not None and self._actor_manager.is_actor_started(own)
+        return False if has_room and trial not in self._resetting_trials else original(self, trial)
+
+    TuneController._maybe_reuse_cached_actor = reuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TuneController._maybe_reuse_cached_actor = original  # type: ignore[method-assign]
 
 
 @contextmanager
