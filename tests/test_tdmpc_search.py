@@ -116,7 +116,7 @@ def test_a_search_prunes_repairs_plans_and_keeps_bundles_that_verify(serial, cap
 
 def test_a_selected_agent_controls_in_a_loop(serial, capsys):
     assert main(["search", "point.yaml", "--name", "point", "--trials", "3"]) == 0
-    assert main(["select", "point", "--trial", "0", "--out", "chosen"]) == 0
+    assert main(["select", "point", "--knee", "--out", "chosen"]) == 0
     agent = load_bundle(Path("chosen")).agent
     assert isinstance(agent, TDMPC)
     memory = agent.remember(episodes=1)
