@@ -710,7 +710,8 @@ def _cluster(address: str | None, code: Sequence[Path] = ()) -> Iterator[None]:
                     runtime_env={"py_modules": [str(path) for path in code]} if code else None,
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"no Ray cluster answers at address {address!r} ({describe(error)})") from error
+            whole = " ".join(str(error).split())  # a mismatch of versions takes several lines to tell
+            raise UserError(f"the Ray cluster at address {address!r} cannot be joined: {whole}") from error
     left = threading.Event()
     threading.Thread(target=_watch_head, args=(left,), name="ray-head-watch", daemon=True).start()
     try:

@@ -213,10 +213,10 @@ def _append(path: Path, record: Mapping[str, Any], *, durable: bool) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             if durable:
                 os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             with suppress(OSError):
                 file.truncate(before)
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from None
     if new and durable:
         sync_directory(path.parent)
 
