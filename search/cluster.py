@@ -28,14 +28,19 @@ import numpy as np
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from components.errors import UserError
+from search.rungs import Report, SteppedTrial
+from search.scheduler import EarlyStopping
 from search.trial_types import Proposal, TrialResult, TrialSpec, timestamp
 
 logger = logging.getLogger(__name__)
 
-RunTrial = Callable[[TrialSpec, Any, str], TrialResult]
+RunTrial = Callable[..., TrialResult]
+"""Called with specification, base and device, and a `Report` where the specification has rungs."""
+
 T = TypeVar("T")
 
 # So many failures to start, without any trial having been completed, are the cluster's, not the trials'.
@@ -75,6 +80,7 @@ class SearchOutcome:
         interrupted: Ctrl-C ended the search before all trials had run; running ones were dropped.
         concurrency: trials that could run at once.
         seconds: wall time, the cluster's start included.
+        stopped: trials that were stopped early.
     """
 
     complete: int
@@ -82,6 +88,12 @@ class SearchOutcome:
     interrupted: bool
     concurrency: int
     seconds: float
+    stopped: int = 0
+
+    @property
+    def finished(self) -> int:
+        """Trials that are over, however they ended."""
+        return self.complete + self.stopped + self.failed
 
 
 def run_search(
@@ -97,6 +109,7 @@ def run_search(
     gpus: float | None = 0,
     concurrency: int | None = None,
     address: str | None = None,
+    early_stopping: EarlyStopping | None = None,
 ) -> SearchOutcome:
     """Run the trials with these numbers on a Ray cluster, until all have finished or Ctrl-C is pressed.
 
@@ -110,7 +123,8 @@ def run_search(
         study: proposes plans; an exception in `tell` is logged, one in `ask` ends the search.
         make_spec: trial number and proposal -> specification.
         run_trial: a picklable function; `device` is "cpu" or "cuda". An exception in it, a result that is not
-            one or not finite, and a worker that dies each make a failed trial.
+            one or not finite, and a worker that dies each make a failed trial. Where a specification has
+            rungs, it is given a fourth argument to report them with.
         base: any picklable value, or None; it is put into the object store once, and unpacked once by each
             worker. Its arrays are read-only there.
         record: stores a result for good before anybody learns of it; an exception in it ends the search.
@@ -120,6 +134,7 @@ def run_search(
             the CPUs admit.
         concurrency: trials at once; None, or more than fit, for as many as fit.
         address: of a running cluster; None starts one on this machine, and stops it afterwards.
+        early_stopping: decides which of the trials that report a rung are stopped there; None stops none.
 
     Raises:
         UserError: no cluster answers at `address`, no node of it can hold a trial, or no worker can start.
@@ -144,6 +159,7 @@ def run_search(
             observers=list(observers),
             concurrency=concurrency,
             interrupted=interrupted,
+            early_stopping=early_stopping,
         )
         if driver.numbers:
             trainable = tune.with_resources(
@@ -156,6 +172,7 @@ def run_search(
                     name="search",
                     num_samples=len(driver.numbers),
                     search_alg=_Searcher(driver),
+                    scheduler=None if early_stopping is None else _Scheduler(driver),
                     callbacks=[_Callback(driver)],
                     storage_path=scratch,
                     reuse_actors=True,
@@ -170,9 +187,10 @@ def run_search(
     return SearchOutcome(
         complete=driver.complete,
         failed=driver.failed,
-        interrupted=driver.complete + driver.failed < len(driver.numbers),
+        interrupted=driver.complete + driver.stopped_early + driver.failed < len(driver.numbers),
         concurrency=concurrency,
         seconds=time.monotonic() - started,
+        stopped=driver.stopped_early,
     )
 
 
@@ -189,10 +207,12 @@ class _Driver:
         observers: list[Callable[[TrialResult], None]],
         concurrency: int,
         interrupted: threading.Event,
+        early_stopping: EarlyStopping | None,
     ) -> None:
         self.numbers = numbers
         self.concurrency = concurrency
         self.complete = 0
+        self.stopped_early = 0
         self.failed = 0
         self.fatal: BaseException | None = None
         self._study = study
@@ -200,6 +220,7 @@ class _Driver:
         self._record = record
         self._observers = observers
         self._interrupted = interrupted
+        self._early_stopping = early_stopping
         self._asked = 0
         self._stillborn = 0  # workers that failed to start, one after the other
         self._running: dict[str, tuple[TrialSpec, str]] = {}  # Tune's trial id -> specification, asked when
@@ -218,6 +239,16 @@ class _Driver:
         self._running[trial_id] = (spec, timestamp())
         return spec
 
+    def goes_on(self, report: TrialResult) -> bool:
+        """Whether a trial that reports from a rung goes on; it does where that cannot be told."""
+        if self._early_stopping is None:
+            return True
+        try:
+            return self._early_stopping.goes_on(report)
+        except Exception as error:
+            logger.warning("trial %d could not be ranked, and goes on: %s", report.number, describe(error))
+            return True
+
     def finish(self, trial_id: str, outcome: object) -> None:
         """Take in what became of a trial: a `TrialResult`, or one line saying why there is none."""
         if trial_id not in self._running:
@@ -231,15 +262,16 @@ class _Driver:
         except Exception as error:
             self.fatal = error
             return
-        if result.complete:
-            self.complete += 1
-        else:
-            self.failed += 1
+        self.complete += result.complete
+        self.stopped_early += result.stopped
+        self.failed += result.failed
         try:
+            if self._early_stopping is not None:
+                self._early_stopping.finish(result)
             self._study.tell(result)
         except Exception as error:
             logger.warning(
-                "trial %d is stored, but the study did not take it: %s", spec.number, describe(error)
+                "trial %d is stored, but the search did not learn from it: %s", spec.number, describe(error)
             )
         for observer in list(self._observers):
             try:
@@ -302,6 +334,20 @@ class _Searcher(Searcher):
         """Nothing, see `save`."""
 
 
+class _Scheduler(FIFOScheduler):
+    """Tune's question whether a trial goes on, at every rung; of one that is over it does not ask."""
+
+    _supports_buffered_results = False  # a trial stands still until its report is answered
+
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._driver = driver
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        goes_on = self._driver.goes_on(result["outcome"].content)
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+
 class _Callback(tune.Callback):
     """Tune's reports of what happens."""
 
@@ -317,7 +363,9 @@ class _Callback(tune.Callback):
     ) -> None:
         # Removed here, before Tune keeps a copy of every result it sees.
         outcome = result.pop("outcome")
-        self._driver.finish(trial.trial_id, outcome.content)
+        # Also after a rung at which the scheduler stopped the trial, whose report is then its result.
+        if result["done"]:
+            self._driver.finish(trial.trial_id, outcome.content)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         account = Path(trial.error_file).read_text() if trial.error_file else ""
@@ -341,21 +389,35 @@ class _Worker(tune.Trainable):
         self._device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
         self._base = base
         self._run_trial = run_trial
-        self._spec: TrialSpec = config["spec"].content
+        self._trial = self._new_trial(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._spec = new_config["spec"].content
+        self._trial.end()  # it may have been stopped at a rung
+        self._trial = self._new_trial(new_config)
         return True
 
+    def cleanup(self) -> None:
+        self._trial.end()
+
     def step(self) -> dict[str, Any]:
+        """Run to the next rung or, where there is none, to the end."""
         outcome: object
         try:
-            outcome = self._run_trial(self._spec, self._base, self._device)
+            outcome = self._trial.step()
         except Exception as error:
             outcome = describe(error)
         if not isinstance(outcome, TrialResult | str):
             outcome = f"the trial returned a {type(outcome).__name__} instead of a TrialResult"
-        return {"outcome": _Parcel(outcome), "done": True}
+        return {"outcome": _Parcel(outcome), "done": self._trial.over or isinstance(outcome, str)}
+
+    def _new_trial(self, config: dict[str, Any]) -> SteppedTrial:
+        spec: TrialSpec = config["spec"].content
+
+        def run(report: Report) -> TrialResult:
+            reports = (report,) if spec.pruning.rungs else ()
+            return self._run_trial(spec, self._base, self._device, *reports)
+
+        return SteppedTrial(run)
 
 
 class _Parcel(Generic[T]):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from agents.agent import Agent, Objective, agent_class, searchable_options, shared_ratios
+from agents.agent import Agent, Objective, agent_class, rung_methods, searchable_options, shared_ratios
 from components import UserError
 from components.errors import nearest
 from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
@@ -22,6 +22,7 @@ from search.front import Front
 from search.front_keeper import FrontKeeper
 from search.prepared_base import PreparedBase, prepare
 from search.run_directory import RunDirectory
+from search.scheduler import EarlyStopping
 from search.space import OptionRange, SearchSpace
 from search.study import Study
 from search.trial import run_trial
@@ -67,13 +68,14 @@ class CheckedExperiment:
                 self.config.agent.kind, self.agent.options, seed=self.config.base.seed, data=self.agent.data()
             )
         dense = prepare(base)
-        pruning = self.config.pruning
+        pruning, early_stopping = self.config.pruning, self.config.search.early_stopping
         settings = TrialSettings(
             metrics=pruning.metrics,
             objectives=tuple(objective.name for objective in self.objectives),
             reconstruction=pruning.reconstruction,
             fine_tune_method=pruning.fine_tune.method,
             fine_tune_updates=pruning.fine_tune.updates,
+            rungs=early_stopping.rungs_of(pruning.fine_tune.updates) if early_stopping else (),
             base_mode=self.config.base.mode,
             threads=_threads(self.config),
         )
@@ -144,6 +146,8 @@ class ReadySearch:
         """
         search = self.config.search
         gpus = self.config.resources.gpus
+        rule = search.early_stopping
+        stopping = None if rule is None else EarlyStopping(self.objectives, rule.reduction)
         study = Study(
             self.space,
             self.objectives,
@@ -170,6 +174,7 @@ class ReadySearch:
                     gpus=None if gpus == "auto" else gpus,
                     concurrency=search.concurrency,
                     address=address,
+                    early_stopping=stopping,
                 )
         finally:
             study.close()
@@ -185,7 +190,8 @@ class ReadySearch:
             UserError: not one trial was completed; the sentence says why the first failed.
         """
         if outcome.complete == 0 and not outcome.interrupted:
-            first = min(self.keeper.results, key=lambda result: result.number)
+            failures = [result for result in self.keeper.results if result.failed]
+            first = min(failures, key=lambda result: result.number)
             raise UserError(
                 f"none of the {outcome.failed} trials was completed, so there is no front: "
                 f"trial {first.number} failed in {first.reason}"
@@ -198,7 +204,8 @@ def check(config: ExperimentConfig, path: Path) -> CheckedExperiment:
 
     Raises:
         UserError: an unknown agent, option, fine-tuning method or objective, an option that cannot be
-            searched, nothing to prune, a budget too small for the space, or a run directory that is in use.
+            searched, early stopping of an agent without a rung loss, nothing to prune, a budget too small for
+            the space, or a run directory that is in use.
     """
     kind = config.agent.kind
     agent = agent_class(kind)(config.agent.options)
@@ -206,6 +213,13 @@ def check(config: ExperimentConfig, path: Path) -> CheckedExperiment:
     if method is not None and method not in agent.fine_tune_methods:
         known = nearest(method, agent.fine_tune_methods)
         raise UserError(f"pruning.fine_tune.method is {method!r}, which {kind} does not have: {known}")
+    ranked = rung_methods(agent)
+    if config.search.early_stopping is not None and (method or agent.fine_tune_methods[0]) not in ranked:
+        instead = f"one of {', '.join(ranked)}, or " if ranked else ""
+        raise UserError(
+            f"search.early_stopping ranks trials by a rung loss, which {kind} does not have when it is "
+            f"fine-tuned by {method or agent.fine_tune_methods[0]!r}: choose {instead}null"
+        )
     objectives = resolve_objectives(config.search.objectives, config.search.constraints, agent.performance)
     if path.exists() and not _holds_base_only(path, config):
         raise RunDirectory.in_use(path)

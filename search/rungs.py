@@ -35,7 +35,7 @@ class SteppedTrial:
     @property
     def over(self) -> bool:
         """True once the trial has returned, raised or been ended: there is no further step."""
-        return self._greenlet.dead
+        return bool(self._greenlet.dead)
 
     def step(self) -> TrialResult:
         """Run to the next rung and return its report, or to the end and return the result: see `over`.

@@ -14,6 +14,7 @@ from search.experiment import CheckedExperiment, ReadySearch, check
 from search.front import Front
 from search.front_table import (
     base_line,
+    early_stopping_line,
     failure_lines,
     front_table,
     hypervolume_line,
@@ -59,7 +60,7 @@ def run(config: ExperimentConfig, path: Path, address: str | None, console: Cons
         with SearchProgress(config.search.trials, console) as display:
             outcome = ready.search([Watcher(ready, display, logger)], address)
         front = ready.finish(outcome)
-        counts = {"complete": outcome.complete, "failed": outcome.failed}
+        counts = {"complete": outcome.complete, "stopped": outcome.stopped, "failed": outcome.failed}
         logger.finish(front.to_json()["trials"], {**front.hypervolumes(), **counts})
         if outcome.complete:
             print_results(ready, front, outcome, console)
@@ -85,7 +86,8 @@ class Watcher:
 
     def __call__(self, result: TrialResult) -> None:
         """Take in a trial that the keeper has recorded."""
-        failures = [result for result in self._keeper.results if not result.complete]
+        failures = [result for result in self._keeper.results if result.failed]
+        stopped = sum(result.stopped for result in self._keeper.results)
         members = self._keeper.members
         hypervolume = self._keeper.front().hypervolumes()["hypervolume"] if members else None
         self._display.update(
@@ -94,12 +96,14 @@ class Watcher:
             front_size=len(members),
             hypervolume=hypervolume,
             last_failure=failures[-1].reason if failures else None,
+            stopped=stopped,
         )
         self._logger.log_trial(result.to_record())
         self._logger.log_search(
             {
                 "finished": len(self._keeper.results),
                 "failed": len(failures),
+                "stopped": stopped,
                 "front_size": len(members),
                 "hypervolume": hypervolume,
             }
@@ -122,7 +126,7 @@ def plan_line(checked: CheckedExperiment) -> str:
 
 
 def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, console: Console) -> None:
-    """The front, what failed and where the time went."""
+    """The front, what was stopped, what failed and where the time went."""
     results = ready.keeper.results
     console.print()
     if front.trials:
@@ -131,12 +135,12 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
         console.print(hypervolume_line(front), highlight=False)
     else:
         console.print("The front is empty: no complete trial meets the constraints.", highlight=False)
-    for line in failure_lines(results):
+    stopped = early_stopping_line(results, ready.settings.fine_tune_updates)
+    for line in (*filter(None, [stopped]), *failure_lines(results)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print()
     console.print(
-        f"{outcome.complete + outcome.failed} trials in {duration(outcome.seconds)}, "
-        f"{outcome.concurrency} at a time.",
+        f"{outcome.finished} trials in {duration(outcome.seconds)}, {outcome.concurrency} at a time.",
         highlight=False,
     )
     console.print(stage_line(results), soft_wrap=True, highlight=False)
@@ -164,6 +168,6 @@ def next_steps(run: RunDirectory, front: Front, logger: WandbLogger) -> list[tup
 
 def interruption_line(run: RunDirectory, outcome: SearchOutcome) -> str:
     """What an interrupted search has kept, in one sentence."""
-    finished = outcome.complete + outcome.failed
+    finished = outcome.finished
     kept = f"the {finished} trials that had finished are" if finished else "nothing but the base is"
     return f"prunefront: interrupted; {kept} kept in {run.path}"

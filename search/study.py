@@ -124,6 +124,9 @@ class Study:
     def tell(self, result: TrialResult) -> None:
         """Record a result. A failed trial, or one with a missing or non-finite number, becomes FAIL.
 
+        One that was stopped early becomes PRUNED, without values: `tpe` counts it among the worse trials as
+        long as one trial in ten is complete, `nsga2` and `gp` learn nothing from it.
+
         Telling a trial again changes nothing.
 
         Raises:
@@ -140,7 +143,7 @@ class Study:
         for key, value in attributes.items():
             trial.set_user_attr(key, value)
         if outcome.values is None:
-            self._optuna.tell(trial, state=TrialState.FAIL)
+            self._optuna.tell(trial, state=outcome.state)
         else:
             for key, violation in outcome.violations.items():
                 trial.set_constraint(key, violation)
@@ -209,7 +212,9 @@ class Study:
 
     def _judge(self, result: TrialResult) -> _Outcome:
         """What the sampler hears of a result."""
-        if result.status != "complete":
+        if result.stopped:
+            return _Outcome(None, {}, None, TrialState.PRUNED)
+        if not result.complete:
             return _Outcome(None, {}, result.reason or "the trial failed")
         values = []
         for objective in self._objectives:
@@ -229,14 +234,13 @@ class Study:
             if measured is None or not math.isfinite(measured):
                 return _Outcome(None, {}, f"constraint {constraint.name} is {_word(measured)}")
             violations[f"{constraint.name} {constraint}"] = constraint.violation(measured)
-        return _Outcome(values, violations, None)
+        return _Outcome(values, violations, None, TrialState.COMPLETE)
 
     def _projected(
         self, result: TrialResult, params: Params, outcome: _Outcome, attributes: Mapping[str, object]
     ) -> FrozenTrial:
-        failed = outcome.values is None
         trial = create_trial(
-            state=TrialState.FAIL if failed else TrialState.COMPLETE,
+            state=outcome.state,
             values=outcome.values,
             params=params,
             distributions=dict(self._distributions),
@@ -250,11 +254,15 @@ class Study:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Values in the order of the objectives, or None and the reason; violations are <= 0 where feasible."""
+    """Values in the order of the objectives, or None and, of a failure, the reason.
+
+    Violations are <= 0 where feasible.
+    """
 
     values: list[float] | None
     violations: dict[str, float]
     reason: str | None
+    state: TrialState = TrialState.FAIL
 
 
 def _attributes(result: TrialResult, outcome: _Outcome) -> dict[str, object]:
@@ -266,6 +274,9 @@ def _attributes(result: TrialResult, outcome: _Outcome) -> dict[str, object]:
         if number is not None and math.isfinite(number):
             attributes[name] = number
     attributes |= {f"constraint {name}": violation for name, violation in outcome.violations.items()}
+    if result.rung_losses:
+        attributes["rung_loss"] = result.rung_losses[-1][1]
+    attributes["updates"] = result.updates
     if outcome.reason is not None:
         attributes["reason"] = outcome.reason
     return attributes

@@ -8,6 +8,7 @@ import random
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,69 @@ def test_sizes_are_told_as_logarithms(tmp_path: Path) -> None:
     assert trial.user_attrs["origin"] == "anchor: uniform 50 %"
     assert trial.duration is not None
     assert trial.duration.total_seconds() == 2.0
+
+
+def stopped(number: int, proposal: Proposal, **changes: Any) -> TrialResult:
+    """A trial of this plan that was given up at its first rung."""
+    given = {"status": "stopped", "objectives": {}, "performance": {}, "retention": None, "macs": None}
+    given |= {"rung_losses": ((30, 0.5),), "updates": 30, "state": None}
+    return replace(finish(number, proposal), **given, **changes)
+
+
+def test_a_stopped_trial_is_pruned_and_has_no_values(tmp_path: Path) -> None:
+    constraint = Constraint("retention", ">=", 0.5)
+    trial = told(tmp_path, lambda proposal: stopped(1, proposal), constraints=(constraint,))
+    assert trial.state == TrialState.PRUNED
+    assert trial.values is None
+    assert trial.params
+    assert trial.user_attrs["parameters"] == finish(1, make().ask(1)).parameters
+    assert trial.user_attrs["rung_loss"] == 0.5
+    assert trial.user_attrs["updates"] == 30
+    assert "reason" not in trial.user_attrs
+    assert not {"retention", "score"} & set(trial.user_attrs)
+    assert trial.intermediate_values == {}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+def test_every_sampler_goes_on_after_stopped_trials(sampler: str) -> None:
+    study = make(sampler)
+    anchors = len(study._anchors)
+    for number in range(anchors + 14):
+        proposal = study.ask(number)
+        early = number >= 2 and number % 3 > 0
+        study.tell(stopped(number, proposal) if early else finish(number, proposal))
+    states = [trial.state for trial in study._optuna.get_trials(deepcopy=False)]
+    assert states.count(TrialState.PRUNED) > anchors
+    assert TrialState.RUNNING not in states
+    assert study._optuna.best_trials
+    assert all(trial.state == TrialState.COMPLETE for trial in study._optuna.best_trials)
+
+
+def test_stopped_trials_repel_the_tree_structured_sampler() -> None:
+    """They are among the worse of what it compares, not among the good, and not left out."""
+    from optuna.samplers._tpe.sampler import _split_trials, default_gamma_multiobjective
+
+    study = make("tpe")
+    for number in range(40):
+        proposal = study.ask(number)
+        study.tell(finish(number, proposal) if number % 4 == 0 else stopped(number, proposal))
+    trials = study._optuna.get_trials(deepcopy=False)
+    good, worse = _split_trials(study._optuna, trials, default_gamma_multiobjective(len(trials)))
+    assert {trial.state for trial in good} == {TrialState.COMPLETE}
+    assert sum(trial.state == TrialState.PRUNED for trial in worse) == 30
+
+
+def test_stopped_trials_are_replayed_as_stopped() -> None:
+    first, again = make(), make()
+    results = []
+    for number in range(8):
+        proposal = first.ask(number)
+        results.append(stopped(number, proposal) if number % 2 else finish(number, proposal))
+        first.tell(results[-1])
+    again.replay(TrialResult.from_record(result.to_record()) for result in results)
+    states = [[trial.state for trial in study._optuna.get_trials()] for study in (first, again)]
+    assert states[0] == states[1]
+    assert states[0].count(TrialState.PRUNED) == 4
 
 
 @pytest.mark.parametrize(
