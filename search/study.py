@@ -14,12 +14,13 @@ import math
 import queue
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -28,6 +29,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from search.estimates import Estimates
 from search.pareto import Direction
 from search.space import Anchor, Dimension, Params, SearchSpace
 from search.trial_types import Proposal, TrialResult
@@ -98,6 +100,8 @@ class Study:
         self._running: dict[int, Trial] = {}
         self._finished: set[int] = set()
         self._decisions: set[tuple[object, ...]] = set()
+        self._estimates = Estimates()
+        self._stopped: list[tuple[TrialResult, Params]] = []
         names = [f"log {o.name}" if o.name in LOGARITHMIC else o.name for o in self._objectives]
         self._projection = None if database is None else _Projection(database, name, directions, names)
 
@@ -125,7 +129,8 @@ class Study:
         """Record a result. A failed trial, or one with a missing or non-finite number, becomes FAIL.
 
         One that was stopped early becomes PRUNED, without values: `tpe` counts it among the worse trials as
-        long as one trial in ten is complete, `nsga2` and `gp` learn nothing from it.
+        long as one trial in ten is complete, `gp` models it with what it would have measured by the look of
+        its last rung (`Estimates`), and `nsga2` learns nothing from it.
 
         Telling a trial again changes nothing.
 
@@ -139,6 +144,9 @@ class Study:
             raise ValueError(f"trial {result.number} was never asked for")
         self._finished.add(result.number)
         outcome = self._judge(result)
+        self._estimates.learn(result)
+        if result.stopped:
+            self._stopped.append((result, trial.params))
         attributes = _attributes(result, outcome)
         for key, value in attributes.items():
             trial.set_user_attr(key, value)
@@ -205,10 +213,31 @@ class Study:
             case "nsga2":
                 return NSGAIISampler(population_size=self._population, seed=seed)
             case "gp":
-                return GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
+                return _StoppedAwareGP(
+                    self._estimated(),
+                    n_startup_trials=max(1, startup - len(self._stopped)),
+                    seed=seed,
+                    warn_independent_sampling=False,
+                )
             case "random":
                 return RandomSampler(seed)
         raise ValueError(f"unknown sampler {self._sampler_name!r}")
+
+    def _estimated(self) -> list[FrozenTrial]:
+        """The stopped trials that can be estimated, as if they had been measured so: for a model alone."""
+        found = []
+        for result, params in self._stopped:
+            outcome = self._measured(partial(self._estimates.of, result))
+            if outcome.values is not None:
+                found.append(
+                    create_trial(
+                        values=outcome.values,
+                        params=params,
+                        distributions=dict(self._distributions),
+                        constraints=outcome.violations,
+                    )
+                )
+        return found
 
     def _judge(self, result: TrialResult) -> _Outcome:
         """What the sampler hears of a result."""
@@ -216,9 +245,13 @@ class Study:
             return _Outcome(None, {}, None, TrialState.PRUNED)
         if not result.complete:
             return _Outcome(None, {}, result.reason or "the trial failed")
+        return self._measured(result.measurement)
+
+    def _measured(self, measurement: Callable[[str], float | None]) -> _Outcome:
+        """The outcome of a trial that measures this by name."""
         values = []
         for objective in self._objectives:
-            value = result.measurement(objective.name)
+            value = measurement(objective.name)
             if value is None or not math.isfinite(value):
                 return _Outcome(None, {}, f"objective {objective.name} is {_word(value)}")
             if objective.name in LOGARITHMIC:
@@ -230,7 +263,7 @@ class Study:
             values.append(float(value))
         violations = {}
         for constraint in self._constraints:
-            measured = result.measurement(constraint.name)
+            measured = measurement(constraint.name)
             if measured is None or not math.isfinite(measured):
                 return _Outcome(None, {}, f"constraint {constraint.name} is {_word(measured)}")
             violations[f"{constraint.name} {constraint}"] = constraint.violation(measured)
@@ -250,6 +283,28 @@ class Study:
         trial.datetime_start = _local_time(result.started) or trial.datetime_start
         trial.datetime_complete = _local_time(result.finished) or trial.datetime_complete
         return trial
+
+
+class _StoppedAwareGP(GPSampler):
+    """A Gaussian process that is fitted to further trials besides those of the study.
+
+    Args:
+        further: trials with values, and constraints where the study's have some.
+    """
+
+    def __init__(self, further: list[FrozenTrial], **more: Any) -> None:
+        super().__init__(**more)
+        self._further = further
+
+    def _sample_relative_impl(
+        self,
+        study: optuna.Study,
+        completed_trials: list[FrozenTrial],
+        running_trials: list[FrozenTrial],
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        known = [*completed_trials, *self._further]
+        return super()._sample_relative_impl(study, known, running_trials, search_space)
 
 
 @dataclass(frozen=True)

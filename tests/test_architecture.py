@@ -140,11 +140,12 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
     ("importer", "allowed"),
     [
         ("cluster", {"study", "trial", "trial_types", "rungs", "scheduler", "config"}),
-        ("study", {"space", "pareto", "trial_types", "config"}),
+        ("study", {"space", "estimates", "pareto", "trial_types", "config"}),
         ("space", {"config"}),
         ("pareto", set()),
         ("scheduler", {"pareto"}),
         ("rungs", {"trial_types"}),
+        ("estimates", set()),
         ("progress", set()),
         ("wandb_logger", {"wandb_runs", "pareto", "trial_types"}),
         ("wandb_runs", {"pareto", "trial_types"}),

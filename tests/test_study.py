@@ -320,7 +320,7 @@ def stopped(number: int, proposal: Proposal, **changes: Any) -> TrialResult:
     """A trial of this plan that was given up at its first rung."""
     given = {"status": "stopped", "objectives": {}, "performance": {}, "retention": None, "macs": None}
     given |= {"rung_losses": ((30, 0.5),), "updates": 30, "state": None}
-    return replace(finish(number, proposal), **given, **changes)
+    return replace(finish(number, proposal), **(given | changes))
 
 
 def test_a_stopped_trial_is_pruned_and_has_no_values(tmp_path: Path) -> None:
@@ -364,6 +364,49 @@ def test_stopped_trials_repel_the_tree_structured_sampler() -> None:
     good, worse = _split_trials(study._optuna, trials, default_gamma_multiobjective(len(trials)))
     assert {trial.state for trial in good} == {TrialState.COMPLETE}
     assert sum(trial.state == TrialState.PRUNED for trial in worse) == 30
+
+
+def learnt(study: Study, *, early: Callable[[int], bool], trials: int) -> None:
+    """Tell a study of trials whose rung losses foretell their scores."""
+    for number in range(trials):
+        proposal = study.ask(number)
+        whole = finish(number, proposal)
+        rungs = ((30, 1 - whole.objectives["score"]),)
+        told = (
+            stopped(number, proposal, rung_losses=rungs)
+            if early(number)
+            else replace(whole, rung_losses=rungs)
+        )
+        study.tell(told)
+
+
+@pytest.mark.parametrize("constraints", [(), (Constraint("retention", ">=", 0.3),)])
+def test_the_gaussian_process_models_stopped_trials_by_estimates(constraints: Sequence[Constraint]) -> None:
+    """All else equal, what it proposes depends on them; the study itself holds them as pruned."""
+    proposals = []
+    for loss in (0.05, 0.95):
+        study = make("gp", constraints=constraints)
+        learnt(study, early=lambda number: False, trials=12)
+        study.tell(stopped(12, study.ask(12), rung_losses=((30, loss),)))
+        [further] = study._estimated()
+        assert len(further.values) == 2
+        assert len(further.constraints) == len(constraints)
+        score = further.values[1]
+        assert (score > 0.6) == (loss == 0.05), score
+        proposals.append(study.ask(13).plan.ratios)
+        assert study._optuna.get_trials()[12].state == TrialState.PRUNED
+        assert study._optuna.get_trials()[12].values is None
+    assert proposals[0] != proposals[1]
+
+
+def test_the_gaussian_process_does_not_wait_for_complete_trials_alone() -> None:
+    study = make("gp")
+    learnt(study, early=lambda number: number % 3 > 0, trials=15)
+    random = make("random")
+    learnt(random, early=lambda number: number % 3 > 0, trials=15)
+    assert study.ask(15).plan.ratios != random.ask(15).plan.ratios
+    complete = [trial for trial in study._optuna.get_trials() if trial.state == TrialState.COMPLETE]
+    assert len(complete) < study_module.STARTUP_TRIALS
 
 
 def test_stopped_trials_are_replayed_as_stopped() -> None:
