@@ -156,6 +156,9 @@ class Agent(Protocol):
     ) -> Mapping[str, float] | None:
         """Train on from the present weights, for a number of gradient updates.
 
+        `progress` is told after every update, or trials of a `Rankable` agent cannot be stopped there. It may
+        raise, also what is no `Exception`: the agent then only has to clean up.
+
         Returns what is worth knowing of it, by name, such as `held_out_loss`: finite numbers, kept with the
         trial's result; None where there is nothing to tell.
 
@@ -204,6 +207,31 @@ class Student(Protocol):
             kept: group -> indices of the channels of the base that this agent has, `(width,)`, int64,
                 ascending, on the agent's device; all groups of the graph.
         """
+
+
+@runtime_checkable
+class Rankable(Protocol):
+    """An agent that can tell while it is fine-tuned how far it has come, so that hopeless trials end early.
+
+    Where only some of its `fine_tune_methods` allow that, it names them in `rung_methods`.
+    """
+
+    def rung_loss(self) -> float:
+        """How far the present weights are from what the fine-tuning aims at; lower is better.
+
+        Called from the `progress` of a running `fine_tune`. Comparable among all agents pruned from one base,
+        cheap beside the updates between two calls, and the same bits for the same weights. Nothing about the
+        fine-tuning changes: neither weights, gradients, generators nor the training mode. NaN or infinity
+        says that it has diverged.
+        """
+
+
+def rung_methods(agent: Agent) -> tuple[str, ...]:
+    """Fine-tuning methods under which an agent has a rung loss: its `rung_methods`, all, or none."""
+    if not isinstance(agent, Rankable):
+        return ()
+    methods: tuple[str, ...] = getattr(agent, "rung_methods", agent.fine_tune_methods)
+    return methods
 
 
 CallProgram = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]

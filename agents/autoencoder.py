@@ -297,7 +297,8 @@ class Autoencoder:
         images = self._split("train")
         batches = _batches(len(images), updates, batch_size, seed).to(self.device)  # (updates, batch_size)
         optimizer = self._optimizer(learning_rate)
-        report_every = max(1, updates // 50)
+        note_every = max(1, updates // 50)  # reading a loss waits for the device
+        note = ""
         self.model.train()
         try:
             for step in range(updates):
@@ -309,8 +310,9 @@ class Autoencoder:
                     loss.backward()  # type: ignore[no-untyped-call]
                 tracker.update()
                 optimizer.step()
-                if (step + 1) % report_every == 0 or step + 1 == updates:
-                    progress(step + 1, updates, f"training error {loss.item():.5f}")
+                if (step + 1) % note_every == 0 or step + 1 == updates:
+                    note = f"training error {loss.item():.5f}"
+                progress(step + 1, updates, note)
         finally:
             self.model.eval()
             self.model.zero_grad(set_to_none=True)
@@ -331,6 +333,15 @@ class Autoencoder:
                 "exp_avg_sq": square[name].clone(),
             }
         return optimizer
+
+    def rung_loss(self) -> float:
+        """The error on the validation images, in evaluation mode, also while training."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            return self.evaluate("validation")[self.performance.name]
+        finally:
+            self.model.train(training)
 
     # --- measuring and acting ----------------------------------------------------------------------------
 

@@ -34,15 +34,20 @@ import ray
 from ray import cloudpickle, tune
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from components.errors import UserError
+from search.rungs import Report, SteppedTrial
+from search.scheduler import EarlyStopping
 from search.trial_types import Proposal, TrialResult, TrialSpec, timestamp
 
 logger = logging.getLogger(__name__)
 
-RunTrial = Callable[[TrialSpec, Any, str], TrialResult]
+RunTrial = Callable[..., TrialResult]
+"""Called with specification, base and device, and a `Report` where the specification has rungs."""
+
 T = TypeVar("T")
 
 # So many failures to start, without any trial having been completed, are the cluster's, not the trials'.
@@ -94,6 +99,7 @@ class SearchOutcome:
         repeated: how often a trial ran again because its worker was lost.
         concurrency: trials that could run at once, in the end.
         seconds: wall time, the cluster's start included.
+        stopped: trials that were stopped early.
     """
 
     complete: int
@@ -103,6 +109,12 @@ class SearchOutcome:
     seconds: float
     out_of_time: bool = False
     repeated: int = 0
+    stopped: int = 0
+
+    @property
+    def finished(self) -> int:
+        """Trials that are over, however they ended."""
+        return self.complete + self.stopped + self.failed
 
 
 def run_search(
@@ -122,6 +134,7 @@ def run_search(
     retries: int = 2,
     trial_timeout: float | None = None,
     seconds: float | None = None,
+    early_stopping: EarlyStopping | None = None,
 ) -> SearchOutcome:
     """Run the trials with these numbers on a Ray cluster, until all have finished or Ctrl-C is pressed.
 
@@ -137,7 +150,8 @@ def run_search(
         study: proposes plans; an exception in `tell` is logged, one in `ask` ends the search.
         make_spec: trial number and proposal -> specification.
         run_trial: a picklable function; `device` is "cpu" or "cuda". An exception in it and a result that is
-            not one or not finite each make a failed trial.
+            not one or not finite each make a failed trial. Where a specification has rungs, it is given a
+            fourth argument to report them with.
         base: any picklable value, or None; it is put into the object store once, and unpacked once by each
             worker. Its arrays are read-only there.
         record: stores a result for good before anybody learns of it; an exception in it ends the search.
@@ -151,6 +165,7 @@ def run_search(
         retries: how often a trial runs again whose worker was lost; then it has failed.
         trial_timeout: seconds after which a trial that still runs is stopped and has failed; None for never.
         seconds: after which no further trial begins; None for no limit.
+        early_stopping: decides which of the trials that report a rung are stopped there; None stops none.
 
     Raises:
         UserError: no cluster answers at `address`, no node of it can hold a trial, no worker can start, or
@@ -173,6 +188,7 @@ def run_search(
             observers=list(observers),
             wanted=concurrency,
             interrupted=interrupted,
+            early_stopping=early_stopping,
             retries=retries,
             trial_timeout=trial_timeout,
             seconds=seconds,
@@ -195,7 +211,7 @@ def run_search(
             driver.lose_cluster(address)
     if driver.fatal is not None:
         raise driver.fatal
-    unfinished = driver.complete + driver.failed < len(driver.numbers)
+    unfinished = driver.finished < len(driver.numbers)
     return SearchOutcome(
         complete=driver.complete,
         failed=driver.failed,
@@ -204,6 +220,7 @@ def run_search(
         seconds=time.monotonic() - started,
         out_of_time=unfinished and not interrupted.is_set(),
         repeated=driver.repeated,
+        stopped=driver.stopped_early,
     )
 
 
@@ -215,6 +232,7 @@ def _tune(trainable: Any, driver: _Driver, count_slots: Callable[[], int], scrat
             name="search",
             num_samples=-1,  # the searcher says when there are no more: some trials run again
             search_alg=_Searcher(driver),
+            scheduler=_Scheduler(driver) if driver.ranks else None,
             callbacks=[_Callback(driver, count_slots)],
             storage_path=scratch,
             reuse_actors=True,
@@ -239,6 +257,7 @@ class _Driver:
         observers: list[Callable[[TrialResult], None]],
         wanted: int | None,
         interrupted: _Interruption,
+        early_stopping: EarlyStopping | None,
         retries: int,
         trial_timeout: float | None,
         seconds: float | None,
@@ -247,6 +266,7 @@ class _Driver:
         self.concurrency = 1  # until it is known how many fit
         self._wanted = wanted
         self.complete = 0
+        self.stopped_early = 0
         self.failed = 0
         self.repeated = 0
         self.fatal: BaseException | None = None
@@ -255,6 +275,7 @@ class _Driver:
         self._record = record
         self._observers = observers
         self._interrupted = interrupted
+        self._early_stopping = early_stopping
         self._retries = retries
         self._trial_timeout = trial_timeout
         self._deadline = math.inf if seconds is None else time.monotonic() + seconds
@@ -284,6 +305,26 @@ class _Driver:
         self._running[trial_id] = (spec, timestamp())
         return spec
 
+    @property
+    def ranks(self) -> bool:
+        """Whether trials may be stopped early."""
+        return self._early_stopping is not None
+
+    @property
+    def finished(self) -> int:
+        """Trials that are over, however they ended."""
+        return self.complete + self.stopped_early + self.failed
+
+    def goes_on(self, report: TrialResult) -> bool:
+        """Whether a trial that reports from a rung goes on; it does where that cannot be told."""
+        if self._early_stopping is None:
+            return True
+        try:
+            return self._early_stopping.goes_on(report)
+        except Exception as error:
+            logger.warning("trial %d could not be ranked, and goes on: %s", report.number, describe(error))
+            return True
+
     def finish(self, trial_id: str, outcome: object) -> None:
         """Take in what became of a trial: a `TrialResult`, or one line saying why there is none."""
         self._begun.pop(trial_id, None)
@@ -299,15 +340,16 @@ class _Driver:
             self.fatal = error
             return
         self._restarts = 0
-        if result.complete:
-            self.complete += 1
-        else:
-            self.failed += 1
+        self.complete += result.complete
+        self.stopped_early += result.stopped
+        self.failed += result.failed
         try:
+            if self._early_stopping is not None:
+                self._early_stopping.finish(result)
             self._study.tell(result)
         except Exception as error:
             logger.warning(
-                "trial %d is stored, but the study did not take it: %s", spec.number, describe(error)
+                "trial %d is stored, but the search did not learn from it: %s", spec.number, describe(error)
             )
         for observer in list(self._observers):
             try:
@@ -421,6 +463,20 @@ class _Searcher(Searcher):
         """Nothing, see `save`."""
 
 
+class _Scheduler(FIFOScheduler):
+    """Tune's question whether a trial goes on, at every rung; of one that is over it does not ask."""
+
+    _supports_buffered_results = False  # a trial stands still until its report is answered
+
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._driver = driver
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        goes_on = self._driver.goes_on(result["outcome"].content)
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+
 class _Callback(tune.Callback):
     """Tune's reports of what happens."""
 
@@ -449,7 +505,9 @@ class _Callback(tune.Callback):
     ) -> None:
         # Removed here, before Tune keeps a copy of every result it sees.
         outcome = result.pop("outcome")
-        self._driver.finish(trial.trial_id, outcome.content)
+        # Also after a rung at which the scheduler stopped the trial, whose report is then its result.
+        if result["done"]:
+            self._driver.finish(trial.trial_id, outcome.content)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         account = Path(trial.error_file).read_text() if trial.error_file else ""
@@ -473,21 +531,35 @@ class _Worker(tune.Trainable):
         self._device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
         self._base = base
         self._run_trial = run_trial
-        self._spec: TrialSpec = config["spec"].content
+        self._trial = self._new_trial(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._spec = new_config["spec"].content
+        self._trial.end()  # it may have been stopped at a rung
+        self._trial = self._new_trial(new_config)
         return True
 
+    def cleanup(self) -> None:
+        self._trial.end()
+
     def step(self) -> dict[str, Any]:
+        """Run to the next rung or, where there is none, to the end."""
         outcome: object
         try:
-            outcome = self._run_trial(self._spec, self._base, self._device)
+            outcome = self._trial.step()
         except Exception as error:
             outcome = describe(error)
         if not isinstance(outcome, TrialResult | str):
             outcome = f"the trial returned a {type(outcome).__name__} instead of a TrialResult"
-        return {"outcome": _Parcel(outcome), "done": True}
+        return {"outcome": _Parcel(outcome), "done": self._trial.over or isinstance(outcome, str)}
+
+    def _new_trial(self, config: dict[str, Any]) -> SteppedTrial:
+        spec: TrialSpec = config["spec"].content
+
+        def run(report: Report) -> TrialResult:
+            reports = (report,) if spec.pruning.rungs else ()
+            return self._run_trial(spec, self._base, self._device, *reports)
+
+        return SteppedTrial(run)
 
 
 class _Parcel(Generic[T]):

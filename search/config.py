@@ -250,6 +250,29 @@ class PruningConfig(_Section):
         return _distinct(metrics)
 
 
+class EarlyStoppingConfig(_Section):
+    """Early stopping of trials while they are fine-tuned, after MO-ASHA (arXiv 2106.12639).
+
+    At every rung a trial is ranked by its size and its rung loss against all that have reached that rung, by
+    non-dominated sorting, and stopped unless it is among the best; never on the first or second front.
+
+    Attributes:
+        rungs: how many, 1 to 20, at shares of the updates that grow by equal factors from `first` towards 1.
+        reduction: η > 1: at every rung one trial in so many goes on, of those that are not safe; 3 or 4 are
+            usual.
+        first: share of the updates before the first rung, in [0.2, 1): earlier losses say little of the end.
+    """
+
+    rungs: int = Field(3, ge=1, le=20)
+    reduction: float = Field(3, gt=1)
+    first: float = Field(0.2, ge=0.2, lt=1)
+
+    def rungs_of(self, updates: int) -> tuple[int, ...]:
+        """After how many of the updates the rungs are, rounded up: 3 from 0.2 at 20, 34.2 and 58.5 %."""
+        shares = (self.first ** ((self.rungs - rung) / self.rungs) for rung in range(self.rungs))
+        return tuple(math.ceil(round(share * updates, 9)) for share in shares)
+
+
 class SearchConfig(_Section):
     """How to search.
 
@@ -273,6 +296,7 @@ class SearchConfig(_Section):
             no limit.
         retries: how often a trial is run again whose worker was lost, >= 0: killed, out of memory, or gone
             with its machine. A trial that fails by itself is never run again.
+        early_stopping: of trials whose fine-tuning does not promise a place on the front; null stops none.
     """
 
     trials: int = Field(64, ge=1)
@@ -286,6 +310,7 @@ class SearchConfig(_Section):
     hours: float | None = Field(None, gt=0)
     trial_timeout: float | None = Field(None, gt=0)
     retries: int = Field(2, ge=0)
+    early_stopping: EarlyStoppingConfig | None = None
 
     @field_validator("objectives")
     @classmethod
@@ -359,6 +384,16 @@ class ExperimentConfig(_Section):
         # What a user's own agent calls its performance is known to it alone: see `resolve_objectives`.
         if ":" not in self.agent.kind:
             _check_measurements(self.search.objectives or (), self.search.constraints, PERFORMANCES)
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_rungs(self) -> ExperimentConfig:
+        stopping, updates = self.search.early_stopping, self.pruning.fine_tune.updates
+        if stopping is not None:
+            rungs = (*stopping.rungs_of(updates), updates)
+            if len(set(rungs)) < len(rungs):
+                reason = f"has {stopping.rungs} rungs, for which {updates} updates of fine-tuning are too few"
+                raise Fault(reason, key="search.early_stopping")
         return self
 
     def to_yaml(self) -> str:

@@ -86,8 +86,15 @@ def _all_keys(section: Section, prefix: str = "") -> Iterator[str]:
 
 
 def _subsection(field: FieldInfo) -> Section | None:
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return _section(field.annotation)
+
+
+def _section(annotation: Any) -> Section | None:
+    """The section that stands at a key, perhaps as an alternative to null."""
+    for kind in _alternatives(annotation):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def _allowed(root: Section, location: tuple[str, ...], value: object) -> str:
@@ -95,8 +102,8 @@ def _allowed(root: Section, location: tuple[str, ...], value: object) -> str:
     annotation: Any = root
     metadata: list[Any] = []
     for part in location:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            field = annotation.model_fields[part]
+        if section := _section(annotation):
+            field = section.model_fields[part]
             annotation, metadata = field.annotation, field.metadata
         else:
             annotation, metadata = _entry_type(annotation), []
@@ -132,6 +139,8 @@ def _limit(bound: object) -> str:
             return f"at least {bound.ge}"
         case annotated_types.Gt():
             return f"above {bound.gt}"
+        case annotated_types.Le():
+            return f"at most {bound.le}"
         case annotated_types.Lt():
             return f"below {bound.lt}"
         case annotated_types.MinLen():

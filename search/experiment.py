@@ -15,7 +15,15 @@ import torch
 
 import agents
 import components
-from agents.agent import Agent, Objective, agent_class, searchable_options, shared_ratios, source_of
+from agents.agent import (
+    Agent,
+    Objective,
+    agent_class,
+    rung_methods,
+    searchable_options,
+    shared_ratios,
+    source_of,
+)
 from components import UserError
 from components.errors import nearest
 from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
@@ -29,6 +37,7 @@ from search.front import Front
 from search.front_keeper import FrontKeeper
 from search.prepared_base import PreparedBase, prepare
 from search.run_directory import RunDirectory
+from search.scheduler import EarlyStopping
 from search.space import OptionRange, SearchSpace
 from search.study import Study
 from search.study_database import StudyDatabase
@@ -96,13 +105,14 @@ class CheckedExperiment:
 
     def trial_settings(self) -> TrialSettings:
         """What all trials of the search share."""
-        pruning = self.config.pruning
+        pruning, early_stopping = self.config.pruning, self.config.search.early_stopping
         return TrialSettings(
             metrics=pruning.metrics,
             objectives=tuple(objective.name for objective in self.objectives),
             reconstruction=pruning.reconstruction,
             fine_tune_method=pruning.fine_tune.method,
             fine_tune_updates=pruning.fine_tune.updates,
+            rungs=early_stopping.rungs_of(pruning.fine_tune.updates) if early_stopping else (),
             base_mode=self.config.base.mode,
             threads=_threads(self.config),
         )
@@ -227,6 +237,10 @@ class ReadySearch:
         """
         search = self.config.search
         gpus = self.config.resources.gpus
+        rule = search.early_stopping
+        stopping = None if rule is None else EarlyStopping(self.objectives, rule.reduction)
+        if stopping is not None:
+            stopping.replay(self.keeper.results)
         study = Study(
             self.space,
             self.objectives,
@@ -253,6 +267,7 @@ class ReadySearch:
                     gpus=None if gpus == "auto" else gpus,
                     concurrency=search.concurrency,
                     address=address,
+                    early_stopping=stopping,
                     code=own_code(self.config.agent.kind),
                     retries=search.retries,
                     trial_timeout=search.trial_timeout,
@@ -278,7 +293,8 @@ class ReadySearch:
                 f"the time was up before a trial had finished: search.hours is {self.config.search.hours:g}"
             )
         if not outcome.interrupted and not any(result.complete for result in self.keeper.results):
-            first = min(self.keeper.results, key=lambda result: result.number)
+            failures = [result for result in self.keeper.results if result.failed]
+            first = min(failures, key=lambda result: result.number)
             raise UserError(
                 f"none of the {len(self.keeper.results)} trials was completed, so there is no front: "
                 f"trial {first.number} failed in {first.reason}"
@@ -299,8 +315,8 @@ def check(
 
     Raises:
         UserError: an unknown agent, option, fine-tuning method or objective, an option that cannot be
-            searched, nothing to prune, a budget too small for the space, a run directory that is in use, or
-            one that is to be resumed and is of another search.
+            searched, early stopping of an agent without a rung loss, nothing to prune, a budget too small for
+            the space, a run directory that is in use, or one that is to be resumed and is of another search.
     """
     kind = config.agent.kind
     agent = agent_class(kind)(config.agent.options)
@@ -308,6 +324,13 @@ def check(
     if method is not None and method not in agent.fine_tune_methods:
         known = nearest(method, agent.fine_tune_methods)
         raise UserError(f"pruning.fine_tune.method is {method!r}, which {kind} does not have: {known}")
+    ranked = rung_methods(agent)
+    if config.search.early_stopping is not None and (method or agent.fine_tune_methods[0]) not in ranked:
+        instead = f"one of {', '.join(ranked)}, or " if ranked else ""
+        raise UserError(
+            f"search.early_stopping ranks trials by a rung loss, which {kind} does not have when it is "
+            f"fine-tuned by {method or agent.fine_tune_methods[0]!r}: choose {instead}null"
+        )
     objectives = resolve_objectives(config.search.objectives, config.search.constraints, agent.performance)
     if resume:
         _require_same_search(path, config)
@@ -332,6 +355,7 @@ FREE_KEYS = (
     "search.sampler",
     "search.seed",
     "search.concurrency",
+    "search.early_stopping",
     "search.hours",
     "search.trial_timeout",
     "search.retries",

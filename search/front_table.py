@@ -94,7 +94,7 @@ def failure_lines(results: Sequence[TrialResult]) -> list[str]:
     """How many trials failed, and why: one line per reason, most frequent first."""
     by_reason: dict[str, list[int]] = {}
     for result in results:
-        if not result.complete:
+        if result.failed:
             by_reason.setdefault(result.reason or "unknown", []).append(result.number)
     if not by_reason:
         return []
@@ -107,6 +107,23 @@ def failure_lines(results: Sequence[TrialResult]) -> list[str]:
     if len(ordered) > SHOWN_FAILURES:
         lines.append(f"  and {len(ordered) - SHOWN_FAILURES} other reasons, all in trials.jsonl")
     return lines
+
+
+def early_stopping_line(results: Sequence[TrialResult], updates: int) -> str:
+    """How many trials were stopped early, and what that left undone; empty where none was.
+
+    Args:
+        results: of the search.
+        updates: of fine-tuning that every trial would have had.
+    """
+    stopped = [result for result in results if result.stopped]
+    if not stopped:
+        return ""
+    made, full = sum(result.updates for result in results), updates * len(results)
+    return (
+        f"{len(stopped)} of {len(results)} trials were stopped early: {made:,} of {full:,} updates of "
+        f"fine-tuning were made ({percent(made / full)})."
+    )
 
 
 def stage_line(results: Sequence[TrialResult]) -> str:

@@ -7,6 +7,7 @@ into them, modifies nothing, and refuses NaN and infinity with a `ValueError`: t
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -83,6 +84,70 @@ def front(
     members = candidates[non_dominated(losses[candidates], ["minimize"] * losses.shape[1])]
     keys = [members, *losses[members].T[::-1]]  # np.lexsort sorts by its last key first
     return members[np.lexsort(keys)]
+
+
+def ranks(values: ArrayLike, directions: Sequence[Direction]) -> NDArray[np.intp]:
+    """Non-dominated sorting (Deb et al., 2002): 0 on the front, 1 on the front of the others, and so on.
+
+    Equal points have equal ranks.
+
+    Args:
+        values: `(n, m)`, one row per trial.
+        directions: `m` times `minimize` or `maximize`.
+
+    Returns:
+        `(n,)`.
+
+    Raises:
+        ValueError: a value is NaN or infinite, or the shapes do not agree.
+    """
+    losses = _losses(values, directions)  # (n, m), lower is better
+    points, place = np.unique(losses, axis=0, return_inverse=True)  # lexicographic order
+    found = np.zeros(len(points), dtype=np.intp)
+    if len(directions) == 2:
+        # A point belongs to the first front whose best second objective so far does not dominate it; those
+        # bests rise from front to front, so it is found by bisection: n log n where peeling takes n^1.5.
+        best: list[float] = []
+        for index, second in enumerate(points[:, 1].tolist()):
+            found[index] = rank = bisect_right(best, second)
+            best[rank : rank + 1] = [second]
+    else:
+        remaining = np.arange(len(points))
+        rank = 0
+        while len(remaining):
+            efficient = _lexicographic_front(points[remaining])
+            found[remaining[efficient]] = rank
+            remaining, rank = remaining[~efficient], rank + 1
+    return found[place.reshape(-1)]
+
+
+def crowding_distances(values: ArrayLike) -> NDArray[np.float64]:
+    """How much room a point has among those of its front (Deb et al., 2002): the more, the rarer it is.
+
+    The sum over objectives of the gap between the nearest lower and the nearest higher value there are, over
+    the range; infinite for the lowest and highest values of an objective. Points that are equal in an
+    objective have the same gap there, so neither their order nor that of the objectives matters, and
+    directions do not either. An objective in which all are equal says nothing.
+
+    Args:
+        values: `(n, m)`, on scales whose differences mean something.
+
+    Returns:
+        `(n,)`, >= 0.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    array = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    _require_finite(array)
+    room = np.zeros(len(array))
+    for column in array.T:
+        levels, place = np.unique(column, return_inverse=True)
+        if len(levels) > 1:
+            gaps = np.full(len(levels), np.inf)
+            gaps[1:-1] = (levels[2:] - levels[:-2]) / (levels[-1] - levels[0])
+            room += gaps[place]
+    return room
 
 
 def hypervolume_log(size_ratio: ArrayLike, retention: ArrayLike, smallest: float = SMALLEST_SIZE) -> float:

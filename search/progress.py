@@ -22,7 +22,7 @@ class SearchStatus:
     """How far a search has come.
 
     Attributes:
-        finished: trials that were run, failed ones included.
+        finished: trials that were run, stopped and failed ones included.
         total: trials to run.
         failed: trials that failed.
         front_size: trials on the front.
@@ -30,6 +30,7 @@ class SearchStatus:
         per_minute: trials finished per minute; None before there are two.
         seconds_left: estimated time to the end; None with `per_minute`.
         last_failure: reason of the latest failure; None without one.
+        stopped: trials that were stopped early.
     """
 
     finished: int
@@ -40,11 +41,14 @@ class SearchStatus:
     per_minute: float | None = None
     seconds_left: float | None = None
     last_failure: str | None = None
+    stopped: int = 0
 
 
 def status_line(status: SearchStatus) -> str:
     """A search's state in one line, such as `trials 12/64, 1 failed, front 5, hypervolume 0.512, ...`."""
     parts = [f"trials {status.finished}/{status.total}"]
+    if status.stopped:
+        parts.append(f"{status.stopped} stopped early")
     if status.failed:
         parts.append(f"{status.failed} failed")
     parts.append(f"front {status.front_size}")
@@ -143,6 +147,7 @@ class SearchProgress(_Display):
         front_size: int,
         hypervolume: float | None,
         last_failure: str | None = None,
+        stopped: int = 0,
     ) -> None:
         """Show a new state; the arguments are those of `SearchStatus`, which adds the rate and time left."""
         now = self._clock()
@@ -162,6 +167,7 @@ class SearchProgress(_Display):
             per_minute=per_minute,
             seconds_left=seconds_left,
             last_failure=last_failure,
+            stopped=stopped,
         )
         lines = [status_line(self.status)]
         if last_failure:

@@ -14,6 +14,7 @@ from search.experiment import CheckedExperiment, ReadySearch, check
 from search.front import Front
 from search.front_table import (
     base_line,
+    early_stopping_line,
     failure_lines,
     front_table,
     hypervolume_line,
@@ -80,8 +81,13 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
         with SearchProgress(config.search.trials, console) as display:
             outcome = ready.search([Watcher(ready, display, logger)], address)
         front = ready.finish(outcome)
-        complete = sum(result.complete for result in ready.keeper.results)
-        counts = {"complete": complete, "failed": len(ready.keeper.results) - complete}
+        results = ready.keeper.results
+        complete = sum(result.complete for result in results)
+        counts = {
+            "complete": complete,
+            "stopped": sum(result.stopped for result in results),
+            "failed": sum(result.failed for result in results),
+        }
         logger.finish(front.to_json()["trials"], {**front.hypervolumes(), **counts})
         if complete:
             print_results(ready, front, outcome, console)
@@ -107,7 +113,8 @@ class Watcher:
 
     def __call__(self, result: TrialResult) -> None:
         """Take in a trial that the keeper has recorded."""
-        failures = [result for result in self._keeper.results if not result.complete]
+        failures = [result for result in self._keeper.results if result.failed]
+        stopped = sum(result.stopped for result in self._keeper.results)
         members = self._keeper.members
         hypervolume = self._keeper.front().hypervolumes()["hypervolume"] if members else None
         self._display.update(
@@ -116,12 +123,14 @@ class Watcher:
             front_size=len(members),
             hypervolume=hypervolume,
             last_failure=failures[-1].reason if failures else None,
+            stopped=stopped,
         )
         self._logger.log_trial(result.to_record())
         self._logger.log_search(
             {
                 "finished": len(self._keeper.results),
                 "failed": len(failures),
+                "stopped": stopped,
                 "front_size": len(members),
                 "hypervolume": hypervolume,
             }
@@ -155,7 +164,7 @@ def resumption_line(ready: ReadySearch) -> str:
 
 
 def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, console: Console) -> None:
-    """The front, what failed and where the time went."""
+    """The front, what was stopped, what failed and where the time went."""
     results = ready.keeper.results
     console.print()
     if front.trials:
@@ -164,12 +173,12 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
         console.print(hypervolume_line(front), highlight=False)
     else:
         console.print("The front is empty: no complete trial meets the constraints.", highlight=False)
-    for line in failure_lines(results):
+    stopped = early_stopping_line(results, ready.settings.fine_tune_updates)
+    for line in (*filter(None, [stopped]), *failure_lines(results)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print()
     console.print(
-        f"{outcome.complete + outcome.failed} trials in {duration(outcome.seconds)}, "
-        f"{outcome.concurrency} at a time.",
+        f"{outcome.finished} trials in {duration(outcome.seconds)}, {outcome.concurrency} at a time.",
         highlight=False,
     )
     if outcome.repeated:

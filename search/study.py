@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -24,6 +25,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from search.estimates import Estimates
 from search.space import Anchor, Dimension, Params, SearchSpace
 from search.study_database import StudyDatabase
 from search.trial_types import Proposal, TrialResult
@@ -89,6 +91,8 @@ class Study:
         self._running: dict[int, Trial] = {}
         self._finished: set[int] = set()
         self._decisions: set[tuple[object, ...]] = set()
+        self._estimates = Estimates()
+        self._stopped: list[tuple[TrialResult, Params]] = []
         self._remembered: Mapping[int, Proposal] = {}
         self._database = database
         if database is not None:
@@ -121,6 +125,10 @@ class Study:
 
     def tell(self, result: TrialResult) -> None:
         """Record a result. A failed trial, or one with a missing or non-finite number, becomes FAIL.
+
+        One that was stopped early becomes PRUNED, without values: `tpe` counts it among the worse trials as
+        long as one trial in ten is complete, `gp` models it with what it would have measured by the look of
+        its last rung (`Estimates`), and `nsga2` learns nothing from it.
 
         Telling a trial again changes nothing.
 
@@ -175,11 +183,14 @@ class Study:
         trial = self._running.pop(result.number)
         self._finished.add(result.number)
         outcome = self._judge(result)
+        self._estimates.learn(result)
+        if result.stopped:
+            self._stopped.append((result, trial.params))
         attributes = _attributes(result, outcome)
         for key, value in attributes.items():
             trial.set_user_attr(key, value)
         if outcome.values is None:
-            self._optuna.tell(trial, state=TrialState.FAIL)
+            self._optuna.tell(trial, state=outcome.state)
         else:
             for key, violation in outcome.violations.items():
                 trial.set_constraint(key, violation)
@@ -227,18 +238,45 @@ class Study:
             case "nsga2":
                 return NSGAIISampler(population_size=self._population, seed=seed)
             case "gp":
-                return GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
+                return _StoppedAwareGP(
+                    self._estimated(),
+                    n_startup_trials=max(1, startup - len(self._stopped)),
+                    seed=seed,
+                    warn_independent_sampling=False,
+                )
             case "random":
                 return RandomSampler(seed)
         raise ValueError(f"unknown sampler {self._sampler_name!r}")
 
+    def _estimated(self) -> list[FrozenTrial]:
+        """The stopped trials that can be estimated, as if they had been measured so: for a model alone."""
+        found = []
+        for result, params in self._stopped:
+            outcome = self._measured(partial(self._estimates.of, result))
+            if outcome.values is not None:
+                found.append(
+                    create_trial(
+                        values=outcome.values,
+                        params=params,
+                        distributions=dict(self._distributions),
+                        constraints=outcome.violations,
+                    )
+                )
+        return found
+
     def _judge(self, result: TrialResult) -> _Outcome:
         """What the sampler hears of a result."""
-        if result.status != "complete":
+        if result.stopped:
+            return _Outcome(None, {}, None, TrialState.PRUNED)
+        if not result.complete:
             return _Outcome(None, {}, result.reason or "the trial failed")
+        return self._measured(result.measurement)
+
+    def _measured(self, measurement: Callable[[str], float | None]) -> _Outcome:
+        """The outcome of a trial that measures this by name."""
         values = []
         for objective in self._objectives:
-            value = result.measurement(objective.name)
+            value = measurement(objective.name)
             if value is None or not math.isfinite(value):
                 return _Outcome(None, {}, f"objective {objective.name} is {_word(value)}")
             if objective.name in LOGARITHMIC:
@@ -250,18 +288,17 @@ class Study:
             values.append(float(value))
         violations = {}
         for constraint in self._constraints:
-            measured = result.measurement(constraint.name)
+            measured = measurement(constraint.name)
             if measured is None or not math.isfinite(measured):
                 return _Outcome(None, {}, f"constraint {constraint.name} is {_word(measured)}")
             violations[f"{constraint.name} {constraint}"] = constraint.violation(measured)
-        return _Outcome(values, violations, None)
+        return _Outcome(values, violations, None, TrialState.COMPLETE)
 
     def _projected(
         self, result: TrialResult, params: Params, outcome: _Outcome, attributes: Mapping[str, object]
     ) -> FrozenTrial:
-        failed = outcome.values is None
         trial = create_trial(
-            state=TrialState.FAIL if failed else TrialState.COMPLETE,
+            state=outcome.state,
             values=outcome.values,
             params=params,
             distributions=dict(self._distributions),
@@ -273,13 +310,39 @@ class Study:
         return trial
 
 
+class _StoppedAwareGP(GPSampler):
+    """A Gaussian process that is fitted to further trials besides those of the study.
+
+    Args:
+        further: trials with values, and constraints where the study's have some.
+    """
+
+    def __init__(self, further: list[FrozenTrial], **more: Any) -> None:
+        super().__init__(**more)
+        self._further = further
+
+    def _sample_relative_impl(
+        self,
+        study: optuna.Study,
+        completed_trials: list[FrozenTrial],
+        running_trials: list[FrozenTrial],
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        known = [*completed_trials, *self._further]
+        return super()._sample_relative_impl(study, known, running_trials, search_space)
+
+
 @dataclass(frozen=True)
 class _Outcome:
-    """Values in the order of the objectives, or None and the reason; violations are <= 0 where feasible."""
+    """Values in the order of the objectives, or None and, of a failure, the reason.
+
+    Violations are <= 0 where feasible.
+    """
 
     values: list[float] | None
     violations: dict[str, float]
     reason: str | None
+    state: TrialState = TrialState.FAIL
 
 
 def _attributes(result: TrialResult, outcome: _Outcome) -> dict[str, object]:
@@ -291,6 +354,9 @@ def _attributes(result: TrialResult, outcome: _Outcome) -> dict[str, object]:
         if number is not None and math.isfinite(number):
             attributes[name] = number
     attributes |= {f"constraint {name}": violation for name, violation in outcome.violations.items()}
+    if result.rung_losses:
+        attributes["rung_loss"] = result.rung_losses[-1][1]
+    attributes["updates"] = result.updates
     if outcome.reason is not None:
         attributes["reason"] = outcome.reason
     return attributes

@@ -5,14 +5,17 @@ Plain, picklable values; a result without its model's state is a record, one lin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from components.mixing import PruningPlan
+
+Status = Literal["complete", "stopped", "failed"]
+"""Of a trial that is over: measured, given up at a rung of its fine-tuning, or broken."""
 
 RepairedBy = Literal["reconstruction", "fine_tuning", ""]
 """Which step left the state that a trial returns; empty where there is none."""
@@ -27,6 +30,8 @@ class TrialSettings:
         reconstruction: `none`, `gram` or `sequential`.
         fine_tune_method: one of the agent's `fine_tune_methods`; None takes the first.
         fine_tune_updates: gradient steps after reconstruction; 0 for none.
+        rungs: numbers of updates after which a trial reports how far it has come, and may be stopped:
+            ascending, below `fine_tune_updates`. Empty where no trial is stopped early.
         objectives: names of what is measured: `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` or
             the agent's performance.
         base_mode: `shared` prunes the base handed in; `per_trial` trains a base inside the trial first.
@@ -38,6 +43,7 @@ class TrialSettings:
     reconstruction: Literal["none", "gram", "sequential"] = "sequential"
     fine_tune_method: str | None = None
     fine_tune_updates: int = 150
+    rungs: tuple[int, ...] = ()
     base_mode: Literal["shared", "per_trial"] = "shared"
     threads: int = 1
 
@@ -109,14 +115,18 @@ class TrialSpec:
 class TrialResult:
     """What became of a trial. Measurements are None in a failed one.
 
+    One that was stopped early has the size and shape of its model, and its `rung_losses`; it has neither
+    objectives nor performance, because nothing was evaluated, and no state. A running trial reports that
+    result at every rung, and whoever stops it there keeps it.
+
     Attributes:
         number, plan, origin, options, seed: as in the `TrialSpec`.
-        status: `complete` or `failed`.
-        reason: of a failure, one line; None when complete.
+        status: `complete`, `stopped` or `failed`.
+        reason: of a failure, one line; None otherwise.
         objectives: declared objective -> finite measured value, on validation data.
         parameters: stored scalars of the pruned model that training could change.
         size_ratio: `parameters` over those of the base, in (0, 1].
-        macs: multiply-accumulate operations of one decision.
+        macs: multiply-accumulate operations of one decision; of a stopped trial only where an objective.
         retention: (J - J0) / (J_base - J0) on validation data: 1 as good as the base, 0 as the trivial agent.
         performance: everything that the agent's evaluation reports, on validation data.
         base_performance: split -> the performance measure of the base that was pruned.
@@ -124,6 +134,9 @@ class TrialResult:
         widths: group -> channels kept.
         kept: group -> indices of the kept channels, ascending.
         rungs: (updates of fine-tuning done, performance on validation data): before and after it.
+        rung_losses: (updates of fine-tuning done, the agent's rung loss then, lower is better), of every rung
+            that was reached; finite.
+        updates: updates of fine-tuning that were made; those of a worker that was lost are not known, and 0.
         fine_tuning: what the agent tells of its fine-tuning, by name.
         repaired_by: `fine_tuning`, or `reconstruction` where that performs better on validation data or there
             was no fine-tuning; everything measured is of that state. Empty in a failed trial.
@@ -134,7 +147,7 @@ class TrialResult:
     """
 
     number: int
-    status: Literal["complete", "failed"]
+    status: Status
     plan: PruningPlan
     origin: str
     seed: int
@@ -151,6 +164,8 @@ class TrialResult:
     widths: Mapping[str, int] = field(default_factory=dict)
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     rungs: tuple[tuple[int, float], ...] = ()
+    rung_losses: tuple[tuple[int, float], ...] = ()
+    updates: int = 0
     fine_tuning: Mapping[str, float] = field(default_factory=dict)
     repaired_by: RepairedBy = ""
     timings: Mapping[str, float] = field(default_factory=dict)
@@ -179,6 +194,16 @@ class TrialResult:
     def complete(self) -> bool:
         """True where every objective was measured."""
         return self.status == "complete"
+
+    @property
+    def stopped(self) -> bool:
+        """True where the trial was given up early, or is a report of one that may be."""
+        return self.status == "stopped"
+
+    @property
+    def failed(self) -> bool:
+        """True where something broke; `reason` says what."""
+        return self.status == "failed"
 
     def measurement(self, name: str) -> float | None:
         """An objective, a size, the retention, or what the evaluation reports; None if not measured."""
@@ -213,6 +238,8 @@ class TrialResult:
             "options": dict(self.options),
             "kept": {group: list(indices) for group, indices in self.kept.items()},
             "rungs": [list(rung) for rung in self.rungs],
+            "rung_losses": [list(rung) for rung in self.rung_losses],
+            "updates": self.updates,
             "fine_tuning": dict(self.fine_tuning),
             "repaired_by": self.repaired_by,
             "timings": dict(self.timings),
@@ -229,15 +256,16 @@ class TrialResult:
         Raises:
             KeyError, TypeError, ValueError: the record was not made by `to_record`.
         """
-        if record["status"] not in ("complete", "failed"):
-            raise ValueError(f"status is {record['status']!r}, not 'complete' or 'failed'")
+        if record["status"] not in get_args(Status):
+            raise ValueError(f"status is {record['status']!r}, not one of {', '.join(get_args(Status))}")
+        rungs = _rungs(record["rungs"])
         return TrialResult(
             number=record["trial"],
             status=record["status"],
             plan=PruningPlan(coefficients=record["coefficients"], ratios=record["ratios"]),
             origin=record["origin"],
             seed=record["seed"],
-            options=record.get("options", {}),  # records of before lack this, fine_tuning and repaired_by
+            options=record.get("options", {}),  # records of before lack what is got like this
             reason=record["reason"],
             objectives=record["objectives"],
             parameters=record["parameters"],
@@ -249,7 +277,9 @@ class TrialResult:
             component_sizes=record["component_sizes"],
             widths=record["widths"],
             kept={group: tuple(indices) for group, indices in record["kept"].items()},
-            rungs=tuple((int(updates), float(loss)) for updates, loss in record["rungs"]),
+            rungs=rungs,
+            rung_losses=_rungs(record.get("rung_losses", ())),
+            updates=record.get("updates", rungs[-1][0] if rungs else 0),
             fine_tuning=record.get("fine_tuning", {}),
             repaired_by=record.get("repaired_by", ""),
             timings=record["timings"],
@@ -268,6 +298,10 @@ def timestamp() -> str:
 def trial_seed(search_seed: int, number: int) -> int:
     """The seed of one trial: a hash of the search's seed and the trial's number, in [0, 2**32)."""
     return int(np.random.SeedSequence([search_seed, number]).generate_state(1)[0])
+
+
+def _rungs(pairs: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((int(updates), float(value)) for updates, value in pairs)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class WandbLogger:
         self._send("trial", record=record)
 
     def log_search(self, row: Mapping[str, float | int | None]) -> None:
-        """Log the state of the search after a trial: trials, failures, front size, hypervolume ..."""
+        """Log the state of the search after a trial: trials finished, front size, hypervolume ..."""
         self._send("search", row={name: value for name, value in row.items() if value is not None})
 
     def finish(self, front: Sequence[Record], summary: Record) -> None:

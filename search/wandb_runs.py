@@ -42,8 +42,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def trial_run(record: Record) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """What W&B gets of a trial: its configuration, the rows of its history, and its summary; all flat.
 
-    The last row has the measurements, the ones before it the performance along fine-tuning. What a failed
-    trial did not measure is left out.
+    The last row has the measurements, the ones before it the performance and the rung losses along
+    fine-tuning. What a stopped or failed trial did not measure is left out.
     """
     config = {
         "trial": record["trial"],
@@ -53,9 +53,12 @@ def trial_run(record: Record) -> tuple[dict[str, Any], list[dict[str, Any]], dic
         **flat(record["coefficients"], "coefficient/"),
         **flat(record.get("options") or {}, "option/"),
     }
-    rows = [
-        {"fine_tune/updates": updates, "fine_tune/performance": performance}
-        for updates, performance in record.get("rungs") or ()
+    rungs = [
+        *((updates, "performance", value) for updates, value in record.get("rungs") or ()),
+        *((updates, "rung_loss", value) for updates, value in record.get("rung_losses") or ()),
+    ]
+    rows: list[dict[str, Any]] = [
+        {"fine_tune/updates": updates, f"fine_tune/{name}": value} for updates, name, value in sorted(rungs)
     ]
     measured = {
         **{name: record.get(name) for name in ("parameters", "size_ratio", "macs", "retention")},
@@ -68,6 +71,7 @@ def trial_run(record: Record) -> tuple[dict[str, Any], list[dict[str, Any]], dic
     summary = {
         "status": record["status"],
         "reason": record["reason"],
+        "updates": record.get("updates"),
         **flat(record["component_sizes"], "size/"),
         **flat(record["widths"], "width/"),
         **flat(record["timings"], "seconds/"),
@@ -134,7 +138,7 @@ class _Runs:
         for row in rows:
             run.log(row)
         run.summary.update(summary)
-        run.finish(exit_code=0 if record["status"] == "complete" else 1)
+        run.finish(exit_code=1 if record["status"] == "failed" else 0)
 
     def search(self, row: dict[str, Any]) -> None:
         """One row of the search's history."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ from agents.agent import (
     Student,
     calibration_program,
     rehearsal,
+    rung_methods,
     searchable_options,
     shared_ratios,
 )
@@ -287,6 +289,55 @@ class AgentContract:
             assert other.options[name] == value + 1, name
             assert _shapes(other) == _shapes(agent), name
 
+    def test_the_rung_loss_watches_and_changes_nothing(self) -> None:
+        pruned, _ = _pruned(self.make_agent, 0)
+        states = pruned.states()
+        assert set(rung_methods(pruned)) <= set(pruned.fine_tune_methods)
+        for method in rung_methods(pruned):
+            told: list[int] = []
+            losses: list[float] = []
+
+            def watch(
+                done: int, total: int, note: str, told: list[int] = told, losses: list[float] = losses
+            ) -> None:
+                told.append(done)
+                if done % 33 == 1:
+                    before = _surroundings(pruned)
+                    losses.append(pruned.rung_loss())  # type: ignore[attr-defined]
+                    assert losses[-1] == pruned.rung_loss(), "not the same bits"  # type: ignore[attr-defined]
+                    assert _surroundings(pruned) == before, "something was changed"
+
+            reached = []
+            for progress in (watch, _silent):
+                pruned.load_states(states)
+                pruned.fine_tune(method, FINE_TUNE_UPDATES, 0, progress)
+                reached.append(pruned.states())
+            assert told == list(range(1, FINE_TUNE_UPDATES + 1)), "progress has to be told after every update"
+            assert _equal(*reached), "the fine-tuning took another course"
+            assert all(math.isfinite(loss) for loss in losses)
+            assert losses[-1] < losses[0], "lower is better, and fine-tuning improves"
+
+    def test_fine_tuning_may_be_ended_by_its_progress(self) -> None:
+        pruned, _ = _pruned(self.make_agent, 0)
+        states = pruned.states()
+        for method in rung_methods(pruned):
+            reached = []
+            for ended in (True, False):
+                pruned.load_states(states)
+                if ended:
+                    try:
+                        pruned.fine_tune(method, FINE_TUNE_UPDATES, 0, _end)
+                    except _Ended:
+                        pass
+                    else:
+                        raise AssertionError("progress was not told, or what it raised was swallowed")
+                    assert not pruned.model.training
+                    assert all(parameter.grad is None for parameter in pruned.model.parameters())
+                    pruned.load_states(states)
+                pruned.fine_tune(method, 5, 0, _silent)
+                reached.append(pruned.states())
+            assert _equal(*reached), "what was ended left something behind"
+
     def test_the_calibration_program_is_deterministic(self) -> None:
         trained, _ = _trained(self.make_agent)
         inputs = trained.calibration_inputs(8, 0)
@@ -359,3 +410,24 @@ def _equal(first: Mapping[str, Mapping[str, Tensor]], second: Mapping[str, Mappi
 
 def _silent(*_: Any) -> None:
     pass
+
+
+class _Ended(BaseException):
+    pass
+
+
+def _end(done: int, total: int, note: str) -> None:
+    if done == 7:
+        raise _Ended
+
+
+def _surroundings(agent: Agent) -> tuple[Any, ...]:
+    """What measuring must leave alone, besides what later updates show: modes, gradients, generators."""
+    return (
+        [module.training for module in agent.model.modules()],
+        [None if p.grad is None else float(p.grad.double().sum()) for p in agent.model.parameters()],
+        [p.requires_grad for p in agent.model.parameters()],
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+        random.getstate(),
+    )

@@ -11,6 +11,9 @@ from search.cluster import SearchOutcome
 from search.config import parse_experiment
 from search.experiment import ReadySearch, check
 from search.front import Front
+from search.rungs import SteppedTrial
+from search.scheduler import EarlyStopping
+from search.trial_types import TrialSpec
 
 EXPERIMENT = """
 agent: {kind: "toy_agents:Toy"}
@@ -29,18 +32,35 @@ def run_serially(
     base: Any,
     record: Callable[[Any], None],
     observers: Sequence[Callable[[Any], None]] = (),
+    early_stopping: EarlyStopping | None = None,
     **resources: Any,
 ) -> SearchOutcome:
     """What `search.cluster.run_search` does, one trial after the other in this process."""
-    failed = complete = 0
+    results = []
     for number in numbers:
-        result = run_trial(make_spec(number, study.ask(number)), base)
+        result = run_with_stops(make_spec(number, study.ask(number)), run_trial, base, early_stopping)
         record(result)
         study.tell(result)
         for observer in observers:
             observer(result)
-        complete, failed = complete + result.complete, failed + (not result.complete)
-    return SearchOutcome(complete, failed, interrupted=False, concurrency=1, seconds=0.0)
+        results.append(result)
+    counts = {name: sum(getattr(r, name) for r in results) for name in ("complete", "failed", "stopped")}
+    return SearchOutcome(interrupted=False, concurrency=1, seconds=0.0, **counts)
+
+
+def run_with_stops(
+    spec: TrialSpec, run_trial: Callable[..., Any], base: Any, early_stopping: EarlyStopping | None
+) -> Any:
+    """A trial whose rungs are judged as the cluster would."""
+    if early_stopping is None:
+        return run_trial(spec, base)
+    trial = SteppedTrial(lambda report: run_trial(spec, base, "cpu", report))
+    result = trial.step()
+    while not trial.over and early_stopping.goes_on(result):
+        result = trial.step()
+    trial.end()
+    early_stopping.finish(result)
+    return result
 
 
 def make_ready(path: Path, *overrides: str, resume: bool = False) -> ReadySearch:

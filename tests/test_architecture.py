@@ -116,6 +116,7 @@ def test_agents_know_components_by_their_types_only() -> None:
     [
         ("ray", "search.cluster"),
         ("optuna", {"search.study", "search.study_database"}),
+        ("greenlet", "search.rungs"),
         ("wandb", "search.wandb_runs"),
         ("gymnasium", "agents.environments"),
         ("dm_control", "agents.environments"),
@@ -129,19 +130,24 @@ def test_a_library_has_one_user(distribution: str, user: str | set[str] | None) 
     assert {found.importer for found in IMPORTS if found.distribution == distribution} <= users
 
 
-def test_fronts_are_plain_numpy() -> None:
-    distributions = {found.distribution for found in IMPORTS if found.importer == "search.pareto"}
-    assert distributions - sys.stdlib_module_names <= {"numpy", "components"}
+@pytest.mark.parametrize("name", ["pareto", "scheduler"])
+def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
+    imports = [found for found in IMPORTS if found.importer == f"search.{name}" and not found.for_types_only]
+    distributions = {found.distribution for found in imports}
+    assert distributions - sys.stdlib_module_names <= {"numpy", "search"}
 
 
 @pytest.mark.parametrize(
     ("importer", "allowed"),
     [
-        ("cluster", {"study", "trial", "trial_types", "scheduler", "config"}),
-        ("study", {"study_database", "space", "pareto", "trial_types", "config"}),
+        ("cluster", {"study", "trial", "trial_types", "rungs", "scheduler", "config"}),
+        ("study", {"study_database", "space", "estimates", "pareto", "trial_types", "config"}),
         ("study_database", {"pareto"}),
         ("space", {"config"}),
         ("pareto", set()),
+        ("scheduler", {"pareto"}),
+        ("rungs", {"trial_types"}),
+        ("estimates", set()),
         ("progress", set()),
         ("wandb_logger", {"wandb_runs", "pareto", "trial_types"}),
         ("wandb_runs", {"pareto", "trial_types"}),

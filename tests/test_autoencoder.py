@@ -162,10 +162,9 @@ def test_progress_counts_to_the_end():
     agent = Autoencoder({**SMALL, "updates": 130})
     agent.train(0, None, lambda *progress: seen.append(progress))
     done = [progress[0] for progress in seen]
-    assert done == sorted(set(done))
-    assert done[-1] == 130
+    assert done == list(range(1, 131))
     assert {total for _, total, _ in seen} == {130}
-    assert len(seen) <= 100
+    assert len({note for _, _, note in seen}) <= 100, "reading every loss would make the device wait"
 
 
 def test_the_tracker_sees_every_step_before_the_optimizer():

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from greenlet import GreenletExit
 
 from components.errors import UserError
 from components.mixing import PruningPlan
 from search import cluster
+from search.rungs import Report
 from search.trial_types import Proposal, TrialResult, TrialSettings, TrialSpec
 
 SETTINGS = TrialSettings(metrics=("l2",), objectives=("parameters", "error"))
@@ -110,6 +112,47 @@ def unhurried(spec: TrialSpec, base: None, device: str) -> TrialResult:
     return complete(spec)
 
 
+left_rungs = 0  # trials that were ended at a rung in this process, which is a worker's when it counts
+
+
+def with_rungs(spec: TrialSpec, base: None, device: str, report: Report) -> TrialResult:
+    """Reports three rungs, however it ends; trial 5 dies after its first."""
+    global left_rungs
+    said = replace(
+        complete(spec, performance={"worker": float(os.getpid())}),
+        status="stopped",
+        objectives={},
+        parameters=100,
+    )
+    try:
+        for rung in range(1, 4):
+            report(replace(said, rung_losses=tuple((10 * n, float(n)) for n in range(1, rung + 1))))
+            if spec.number == 5:
+                raise RuntimeError("not this one")
+    except GreenletExit:
+        left_rungs += 1
+        raise
+    return complete(spec, performance={"worker": float(os.getpid()), "left": float(left_rungs)})
+
+
+@dataclass
+class StopSome:
+    """Early stopping that stops trials 2 and 3 at their first rung and 4 at its third."""
+
+    asked: list[tuple[int, int]] = field(default_factory=list)
+    learnt: list[int] = field(default_factory=list)
+
+    def goes_on(self, report: TrialResult) -> bool:
+        rung = len(report.rung_losses)
+        self.asked.append((report.number, rung))
+        if report.number == 6:
+            raise RuntimeError("it cannot be ranked")
+        return (report.number, rung) not in ((2, 1), (3, 1), (4, 3))
+
+    def finish(self, result: TrialResult) -> None:
+        self.learnt.append(result.number)
+
+
 def endless_after_two(spec: TrialSpec, base: None, device: str) -> TrialResult:
     if spec.number >= 2:
         time.sleep(3600)
@@ -143,10 +186,11 @@ class Journal:
 
 
 def search(journal: Journal, numbers: range, run_trial: Any, base: Any = None, **options: Any) -> Any:
+    settings = options.pop("settings", SETTINGS)
     return cluster.run_search(
         numbers,
         study=journal,
-        make_spec=lambda number, proposal: TrialSpec.of(number, proposal, 1000 + number, SETTINGS),
+        make_spec=lambda number, proposal: TrialSpec.of(number, proposal, 1000 + number, settings),
         run_trial=run_trial,
         base=base,
         record=options.pop("record", journal.record),
@@ -271,6 +315,46 @@ def test_pruned_states_stay_out_of_what_tune_stores(troubled_search: TroubledSea
 def test_an_observer_that_fails_is_dropped_and_the_others_stay(troubled_search: TroubledSearch) -> None:
     assert len(troubled_search.told_after_failure) == 1
     assert len(troubled_search.journal.of("observe")) == 14
+
+
+def test_trials_are_stopped_at_rungs_and_their_workers_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    journal, stopping = Journal(), StopSome()
+    outcome = search(
+        journal,
+        range(8),
+        with_rungs,
+        settings=replace(SETTINGS, rungs=(10, 20, 30)),
+        early_stopping=stopping,
+        concurrency=1,
+    )
+    assert [result.status for result in journal.results] == (
+        ["complete"] * 2 + ["stopped"] * 3 + ["failed"] + ["complete"] * 2
+    )
+    assert (outcome.complete, outcome.stopped, outcome.failed) == (4, 3, 1)
+    assert outcome.finished == 8
+    assert not outcome.interrupted
+    for number in range(8):
+        steps = [kind for kind, n in journal.entries if n == number]
+        assert steps == ["ask", "record", "tell"], "rungs are no results"
+    reached = [3, 3, 1, 1, 3, 1, 3, 3]
+    assert stopping.asked == [(n, rung) for n, last in enumerate(reached) for rung in range(1, last + 1)]
+    assert stopping.learnt == list(range(8))
+    for number, losses in ((2, 1), (3, 1), (4, 3)):
+        result = journal.results[number]
+        assert [updates for updates, _ in result.rung_losses] == [10, 20, 30][:losses]
+        assert (result.objectives, result.state, result.reason) == ({}, None, None)
+    assert journal.results[5].reason == "RuntimeError: not this one"
+    assert "trial 6 could not be ranked, and goes on: RuntimeError: it cannot be ranked" in caplog.text
+    workers = {result.performance["worker"] for result in journal.results if not result.failed}
+    assert len(workers) == 1, "a stopped trial costs no worker"
+    assert journal.results[7].performance["left"] == 3, "each was unwound before the next began"
+
+
+def test_no_rungs_are_reported_without_early_stopping() -> None:
+    journal = Journal()
+    settings = replace(SETTINGS, rungs=(10,))
+    outcome = search(journal, range(3), with_rungs, settings=settings, concurrency=1)
+    assert (outcome.complete, outcome.stopped, outcome.failed) == (3, 0, 0)
 
 
 def test_ctrl_c_keeps_what_is_finished_and_waits_for_nothing() -> None:

@@ -17,6 +17,7 @@ from components.errors import UserError
 from search import experiment_yaml
 from search.config import (
     Constraint,
+    EarlyStoppingConfig,
     ExperimentConfig,
     Metric,
     OptionBounds,
@@ -72,7 +73,7 @@ pruning:
   coefficients_force: true
   max_ratio: 0.5
   reconstruction: gram
-  fine_tune: {method: distill, updates: 0}
+  fine_tune: {method: distill, updates: 40}
 search:
   trials: 7
   sampler: nsga2
@@ -85,6 +86,7 @@ search:
   trial_timeout: 600
   retries: 0
   options: {samples: [32, 256], iterations: [1, 6]}
+  early_stopping: {rungs: 2, reduction: 4, first: 0.3}
 resources: {cpus: 0.5, gpus: 0.25}
 wandb: {mode: offline, project: mine, entity: us}
 storage: postgresql://me@host/studies
@@ -102,6 +104,7 @@ storage: postgresql://me@host/studies
     assert config.search.options == (OptionBounds("samples", 32, 256), OptionBounds("iterations", 1, 6))
     assert config.model_dump(mode="json")["search"]["options"] == {"samples": [32, 256], "iterations": [1, 6]}
     assert config.pruning.fine_tune.method == "distill"
+    assert config.search.early_stopping == EarlyStoppingConfig(rungs=2, reduction=4, first=0.3)
     assert config.resources.gpus == 0.25
     # Nothing was left at its default: every key that there is was set.
     given, default = config.model_dump(), load().model_dump()
@@ -179,7 +182,7 @@ def test_faults_of_an_override_name_the_override() -> None:
         (
             "search.trails=3",
             "unknown key search.trails: did you mean 'trials'? allowed: anchors, concurrency, constraints, "
-            "hours, objectives, options, retries, sampler, seed, trial_timeout, trials",
+            "early_stopping, hours, objectives, options, retries, sampler, seed, trial_timeout, trials",
         ),
         (
             "trials=3",
@@ -530,3 +533,56 @@ def test_what_a_users_agent_measures_is_left_to_it() -> None:
     agent = "agent: {kind: my_module:MyAgent}\n"
     config = load("search.objectives=[my_score]", "search.constraints.my_rate=>= 1", text=agent)
     assert config.search.objectives == ("my_score",)
+
+
+def test_early_stopping_is_off_unless_asked_for() -> None:
+    assert load().search.early_stopping is None
+    assert load(text=AGENT + "search: {early_stopping: null}").search.early_stopping is None
+    for asked in ("{}", "{reduction: 3}"):
+        config = load(text=AGENT + f"search: {{early_stopping: {asked}}}")
+        assert config.search.early_stopping == EarlyStoppingConfig(rungs=3, reduction=3, first=0.2)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "updates", "rungs"),
+    [
+        ({}, 1000, (200, 342, 585)),
+        ({}, 150, (30, 52, 88)),
+        ({"rungs": 1, "first": 0.5}, 11, (6,)),
+        ({"rungs": 2, "first": 0.25}, 100, (25, 50)),
+    ],
+)
+def test_rungs_grow_by_equal_factors_towards_the_end(chosen, updates, rungs) -> None:
+    assert EarlyStoppingConfig(**chosen).rungs_of(updates) == rungs
+
+
+@given(st.integers(1, 20), st.floats(0.2, 0.99), st.integers(1, 10_000))
+def test_no_rung_comes_before_its_share(rungs: int, first: float, updates: int) -> None:
+    found = EarlyStoppingConfig(rungs=rungs, first=first).rungs_of(updates)
+    assert len(found) == rungs
+    assert found == tuple(sorted(found))
+    assert first * updates - 1e-6 <= found[0] < first * updates + 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{rungs: 0}", "search.early_stopping.rungs is 0: it must be a whole number, at least 1, at most 20"),
+        ("{reduction: 1}", "search.early_stopping.reduction is 1: it must be a number, above 1"),
+        ("{first: 0.1}", "search.early_stopping.first is 0.1: it must be a number, at least 0.2, below 1"),
+        ("{first: 1}", "search.early_stopping.first is 1: it must be a number, at least 0.2, below 1"),
+        ("{eta: 3}", "unknown key search.early_stopping.eta: allowed: first, reduction, rungs"),
+        ("true", "search.early_stopping is true: it must be a mapping, or null"),
+    ],
+)
+def test_impossible_early_stopping_is_refused(given: str, said: str) -> None:
+    assert said in refusal(text=AGENT + f"search: {{early_stopping: {given}}}")
+
+
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_rungs_need_updates_of_their_own(updates: int) -> None:
+    fine_tune = f"pruning: {{fine_tune: {{updates: {updates}}}}}\n"
+    assert refusal(text=AGENT + fine_tune + "search: {early_stopping: {}}") == (
+        "mine.yaml: search.early_stopping has 3 rungs, "
+        f"for which {updates} updates of fine-tuning are too few"
+    )

@@ -21,6 +21,7 @@ from search.config import Constraint
 from search.durable_files import CorruptFileError
 from search.front import Front, Remeasured, build_front, front_results, percent
 from search.front_table import (
+    early_stopping_line,
     failure_lines,
     front_table,
     hypervolume_line,
@@ -288,3 +289,19 @@ def test_words_for_hypervolume_sizes_and_failures():
         "2 of 7 trials failed:", "  2 trials, first 4: slice: ValueError: no",
     ]  # fmt: skip
     assert failure_lines(STAIRS) == []
+
+
+def test_what_was_stopped_early_is_neither_a_failure_nor_on_the_front():
+    stopped = [
+        dataclasses.replace(trial(n, 1, 1.0, status="stopped"), reason=None, objectives={}, updates=30)
+        for n in (7, 4)
+    ]
+    results = [*(dataclasses.replace(result, updates=150) for result in STAIRS), *stopped]
+    assert failure_lines(results) == []
+    assert early_stopping_line(results, 150) == (
+        "2 of 7 trials were stopped early: 810 of 1,050 updates of fine-tuning were made (77.1 %)."
+    )
+    assert early_stopping_line(STAIRS, 150) == ""
+    assert stage_line(results) == stage_line(STAIRS)
+    members = front_results(results, (SIZE, ERROR), ())
+    assert members == front_results(results[: len(STAIRS)], (SIZE, ERROR), ())

@@ -40,6 +40,75 @@ def test_non_dominated_equals_brute_force(problem: tuple[list[tuple[float, ...]]
     assert pareto.non_dominated(points, directions).tolist() == expected
 
 
+def peeled(points: list[tuple[float, ...]], directions: list[str]) -> list[int]:
+    """Non-dominated ranks by their definition."""
+    found, remaining, rank = {}, set(range(len(points))), 0
+    while remaining:
+        front = {
+            i for i in remaining if not any(dominates(points[j], points[i], directions) for j in remaining)
+        }
+        found.update(dict.fromkeys(front, rank))
+        remaining, rank = remaining - front, rank + 1
+    return [found[i] for i in range(len(points))]
+
+
+@given(problems())
+def test_ranks_equal_brute_force(problem: tuple[list[tuple[float, ...]], list[str]]) -> None:
+    points, directions = problem
+    assert pareto.ranks(points, directions).tolist() == peeled(points, directions)
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+def test_ranks_equal_brute_force_on_many_points(objectives: int) -> None:
+    values = np.random.default_rng(objectives).integers(0, 40, size=(150, objectives)).astype(float)
+    directions = ["maximize", "minimize", "maximize"][:objectives]
+    found = pareto.ranks(values, directions)
+    assert found.tolist() == peeled([tuple(row) for row in values], directions)
+    np.testing.assert_array_equal(found == 0, pareto.non_dominated(values, directions))
+
+
+@given(problems(), st.data())
+def test_ranks_see_the_order_of_values_only(
+    problem: tuple[list[tuple[float, ...]], list[str]], data: st.DataObject
+) -> None:
+    points, directions = problem
+    expected = pareto.ranks(points, directions)
+    for index in range(len(directions)):
+        rescale = data.draw(st.sampled_from([np.exp, np.cbrt, lambda v: 3 * v - 1]))
+        changed = np.array(points, dtype=float).reshape(-1, len(directions))
+        changed[:, index] = rescale(changed[:, index])
+        np.testing.assert_array_equal(pareto.ranks(changed, directions), expected)
+
+
+def room_of(values: np.ndarray, index: int) -> float:
+    """Crowding distance by its definition, one point at a time."""
+    total = 0.0
+    for column in values.T:
+        below, above = column[column < column[index]], column[column > column[index]]
+        if column.min() == column.max():
+            continue
+        if not len(below) or not len(above):
+            return math.inf
+        total += (above.min() - below.max()) / (column.max() - column.min())
+    return total
+
+
+@given(problems())
+def test_crowding_distances_equal_brute_force(
+    problem: tuple[list[tuple[float, ...]], list[str]],
+) -> None:
+    points, directions = problem
+    values = np.array(points, dtype=float).reshape(-1, len(directions))
+    expected = [room_of(values, index) for index in range(len(values))]
+    np.testing.assert_allclose(pareto.crowding_distances(values), expected, rtol=1e-12)
+
+
+def test_crowding_distances_of_known_points() -> None:
+    values = [[0.0, 10.0], [1.0, 4.0], [3.0, 2.0], [4.0, 0.0]]
+    assert pareto.crowding_distances(values).tolist() == [math.inf, 3 / 4 + 8 / 10, 3 / 4 + 4 / 10, math.inf]
+    assert pareto.crowding_distances([[1.0, 2.0]]).tolist() == [0.0]
+
+
 @pytest.mark.parametrize("objectives", [2, 3])
 def test_non_dominated_equals_brute_force_on_many_points(objectives: int) -> None:
     rng = np.random.default_rng(objectives)

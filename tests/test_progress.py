@@ -39,6 +39,8 @@ def test_a_status_in_one_line() -> None:
     assert status_line(status) == (
         "trials 12/64, 1 failed, front 5, hypervolume 0.512, 34.6 trials/min, 1 min 30 s left"
     )
+    stopped = SearchStatus(30, 64, failed=1, front_size=5, stopped=12)
+    assert status_line(stopped) == "trials 30/64, 12 stopped early, 1 failed, front 5"
     assert status_line(SearchStatus(0, 64)) == "trials 0/64, front 0"
     finished = SearchStatus(64, 64, 0, 9, 0.6, 30.0, 0.0)
     assert status_line(finished) == "trials 64/64, front 9, hypervolume 0.600, 30 trials/min"

@@ -201,6 +201,38 @@ def test_the_front_on_disk_is_true_after_every_trial(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_hopeless_trials_are_stopped_early_on_ray(capsys):
+    changes = [
+        "agent.kind=toy_agents:Ranked",
+        "search.early_stopping={reduction: 4}",
+        "search.sampler=random",
+    ]
+    arguments = ["search", "toy.yaml", "--trials", "40"]
+    assert main([*arguments, *(word for change in changes for word in ("--set", change))]) == 0
+    output = capsys.readouterr().out
+    found = records(TOY)
+    stopped = [trial for trial in found if trial["status"] == "stopped"]
+    complete = [trial for trial in found if trial["status"] == "complete"]
+    assert sorted(trial["trial"] for trial in found) == list(range(40))
+    assert len(stopped) + len(complete) == 40
+    assert len(stopped) >= 5
+    assert len(complete) >= 10
+    for trial in stopped:
+        updates = [updates for updates, _ in trial["rung_losses"]]
+        assert updates == [2, 4, 6][: len(updates)]
+        assert trial["updates"] == updates[-1]
+        assert trial["objectives"] == {}
+        assert trial["parameters"] < 300
+        assert trial["host"]
+    assert all(trial["updates"] == 10 and len(trial["rung_losses"]) == 3 for trial in complete)
+    assert f"trials 40/40, {len(stopped)} stopped early, front " in output
+    assert f"{len(stopped)} of 40 trials were stopped early: " in output
+    assert "failed" not in output
+    assert not {entry["trial"] for entry in front(TOY)["trials"]} & {trial["trial"] for trial in stopped}
+    assert sorted(optuna_states(TOY)) == ["COMPLETE"] * len(complete) + ["PRUNED"] * len(stopped)
+
+
+@pytest.mark.slow
 def test_a_dead_worker_is_a_failed_trial(capsys):
     assert main(["search", "toy.yaml", "--set", "agent.fault=exit", "--trials", "4"]) == 0
     output = capsys.readouterr().out

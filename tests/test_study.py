@@ -8,6 +8,7 @@ import random
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,112 @@ def test_sizes_are_told_as_logarithms(tmp_path: Path) -> None:
     assert trial.user_attrs["origin"] == "anchor: uniform 50 %"
     assert trial.duration is not None
     assert trial.duration.total_seconds() == 2.0
+
+
+def stopped(number: int, proposal: Proposal, **changes: Any) -> TrialResult:
+    """A trial of this plan that was given up at its first rung."""
+    given = {"status": "stopped", "objectives": {}, "performance": {}, "retention": None, "macs": None}
+    given |= {"rung_losses": ((30, 0.5),), "updates": 30, "state": None}
+    return replace(finish(number, proposal), **(given | changes))
+
+
+def test_a_stopped_trial_is_pruned_and_has_no_values(tmp_path: Path) -> None:
+    constraint = Constraint("retention", ">=", 0.5)
+    trial = told(tmp_path, lambda proposal: stopped(1, proposal), constraints=(constraint,))
+    assert trial.state == TrialState.PRUNED
+    assert trial.values is None
+    assert trial.params
+    assert trial.user_attrs["parameters"] == finish(1, make().ask(1)).parameters
+    assert trial.user_attrs["rung_loss"] == 0.5
+    assert trial.user_attrs["updates"] == 30
+    assert "reason" not in trial.user_attrs
+    assert not {"retention", "score"} & set(trial.user_attrs)
+    assert trial.intermediate_values == {}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+def test_every_sampler_goes_on_after_stopped_trials(sampler: str) -> None:
+    study = make(sampler)
+    anchors = len(study._anchors)
+    for number in range(anchors + 14):
+        proposal = study.ask(number)
+        early = number >= 2 and number % 3 > 0
+        study.tell(stopped(number, proposal) if early else finish(number, proposal))
+    states = [trial.state for trial in study._optuna.get_trials(deepcopy=False)]
+    assert states.count(TrialState.PRUNED) > anchors
+    assert TrialState.RUNNING not in states
+    assert study._optuna.best_trials
+    assert all(trial.state == TrialState.COMPLETE for trial in study._optuna.best_trials)
+
+
+def test_stopped_trials_repel_the_tree_structured_sampler() -> None:
+    """They are among the worse of what it compares, not among the good, and not left out."""
+    from optuna.samplers._tpe.sampler import _split_trials, default_gamma_multiobjective
+
+    study = make("tpe")
+    for number in range(40):
+        proposal = study.ask(number)
+        study.tell(finish(number, proposal) if number % 4 == 0 else stopped(number, proposal))
+    trials = study._optuna.get_trials(deepcopy=False)
+    good, worse = _split_trials(study._optuna, trials, default_gamma_multiobjective(len(trials)))
+    assert {trial.state for trial in good} == {TrialState.COMPLETE}
+    assert sum(trial.state == TrialState.PRUNED for trial in worse) == 30
+
+
+def learnt(study: Study, *, early: Callable[[int], bool], trials: int) -> None:
+    """Tell a study of trials whose rung losses foretell their scores."""
+    for number in range(trials):
+        proposal = study.ask(number)
+        whole = finish(number, proposal)
+        rungs = ((30, 1 - whole.objectives["score"]),)
+        told = (
+            stopped(number, proposal, rung_losses=rungs)
+            if early(number)
+            else replace(whole, rung_losses=rungs)
+        )
+        study.tell(told)
+
+
+@pytest.mark.parametrize("constraints", [(), (Constraint("retention", ">=", 0.3),)])
+def test_the_gaussian_process_models_stopped_trials_by_estimates(constraints: Sequence[Constraint]) -> None:
+    """All else equal, what it proposes depends on them; the study itself holds them as pruned."""
+    proposals = []
+    for loss in (0.05, 0.95):
+        study = make("gp", constraints=constraints)
+        learnt(study, early=lambda number: False, trials=12)
+        study.tell(stopped(12, study.ask(12), rung_losses=((30, loss),)))
+        [further] = study._estimated()
+        assert len(further.values) == 2
+        assert len(further.constraints) == len(constraints)
+        score = further.values[1]
+        assert (score > 0.6) == (loss == 0.05), score
+        proposals.append(study.ask(13).plan.ratios)
+        assert study._optuna.get_trials()[12].state == TrialState.PRUNED
+        assert study._optuna.get_trials()[12].values is None
+    assert proposals[0] != proposals[1]
+
+
+def test_the_gaussian_process_does_not_wait_for_complete_trials_alone() -> None:
+    study = make("gp")
+    learnt(study, early=lambda number: number % 3 > 0, trials=15)
+    random = make("random")
+    learnt(random, early=lambda number: number % 3 > 0, trials=15)
+    assert study.ask(15).plan.ratios != random.ask(15).plan.ratios
+    complete = [trial for trial in study._optuna.get_trials() if trial.state == TrialState.COMPLETE]
+    assert len(complete) < study_module.STARTUP_TRIALS
+
+
+def test_stopped_trials_are_replayed_as_stopped() -> None:
+    first, again = make(), make()
+    results = []
+    for number in range(8):
+        proposal = first.ask(number)
+        results.append(stopped(number, proposal) if number % 2 else finish(number, proposal))
+        first.tell(results[-1])
+    again.replay(TrialResult.from_record(result.to_record()) for result in results)
+    states = [[trial.state for trial in study._optuna.get_trials()] for study in (first, again)]
+    assert states[0] == states[1]
+    assert states[0].count(TrialState.PRUNED) == 4
 
 
 @pytest.mark.parametrize(

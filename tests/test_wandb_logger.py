@@ -199,6 +199,18 @@ def test_a_trial_has_its_configuration_measurements_and_losses(logged: dict[str,
     assert run.exit_code == 0
 
 
+def test_a_stopped_trial_has_its_rung_losses_and_is_no_failure() -> None:
+    kept = {name: record(2)[name] for name in ("parameters", "size_ratio", "component_sizes", "widths")}
+    changes = {"status": "stopped", "reason": None, "rung_losses": [[30, 0.5], [52, 0.25]], "updates": 52}
+    _, rows, summary = trial_run(record(2, **FAILED | kept | changes))
+    assert rows[:2] == [
+        {"fine_tune/updates": 30, "fine_tune/rung_loss": 0.5},
+        {"fine_tune/updates": 52, "fine_tune/rung_loss": 0.25},
+    ]
+    assert set(rows[2]) == {"parameters", "size_ratio"}
+    assert (summary["status"], summary["updates"]) == ("stopped", 52)
+
+
 def test_a_failed_trial_has_its_reason(logged: dict[str, OfflineRun]) -> None:
     run = logged["trial 1"]
     assert run.summary["status"] == "failed"

@@ -177,6 +177,15 @@ class Scoring(Toy):
         return -super().trivial(split)
 
 
+class Ranked(Toy):
+    """The toy with a rung loss; that of pruned ones is NaN with the fault "diverge"."""
+
+    def rung_loss(self) -> float:
+        if self.pruned and self.options["fault"] == "diverge":
+            return float("nan")
+        return self.evaluate("validation")["reconstruction_error"]
+
+
 class Taught(Toy):
     """A student: tells of its fine-tuning how good its teacher is, and which channels it has of it."""
 

@@ -43,6 +43,7 @@ class TDMPC:
 
     performance: ClassVar[Objective] = Objective("return", "maximize", "reward per episode")
     fine_tune_methods: ClassVar[tuple[str, ...]] = ("distill", "td", "distill_td")
+    rung_methods: ClassVar[tuple[str, ...]] = ("distill", "distill_td")
     searchable_options: ClassVar[tuple[str, ...]] = ("samples", "iterations", "horizon")
     components: Mapping[str, Sequence[str]] = {
         name: (name,) for name in ("encoder", "dynamics", "reward", "q1", "q2", "policy")
@@ -68,6 +69,7 @@ class TDMPC:
         self._planner: tuple[tuple[int, ...], Planner] | None = None
         self._base: TDMPC | None = None
         self._kept_latent: Tensor | None = None
+        self._distilling: Distillation | None = None
 
     # --- the model and its data --------------------------------------------------------------------------
 
@@ -209,7 +211,7 @@ class TDMPC:
                 experience, `distill_td` makes an update of either kind in turn.
             updates: gradient updates of each.
             seed: of everything random.
-            progress: is told how far it is.
+            progress: is told how far it is, after every update.
 
         Returns:
             `on_policy_episodes` and `environment_steps` that it took, and the `held_out_loss` of the
@@ -232,6 +234,7 @@ class TDMPC:
         if distillation is not None:
             facts["held_out_loss_before"] = distillation.held_out_loss()
         generator = torch.Generator(self.device).manual_seed(seed)
+        self._distilling, note = distillation, ""
         self.model.train()
         try:
             for step in range(updates):
@@ -242,8 +245,10 @@ class TDMPC:
                 if learner is not None:
                     loss = self._td_update(learner, step, generator)
                 if (step + 1) % 50 == 0 or step + 1 == updates:
-                    progress(step + 1, updates, f"loss {float(loss):.4g}")
+                    note = f"loss {float(loss):.4g}"  # reading a loss waits for the device
+                progress(step + 1, updates, note)
         finally:
+            self._distilling = None
             self.model.eval()
             self.model.zero_grad(set_to_none=True)
         if distillation is not None:
@@ -253,6 +258,18 @@ class TDMPC:
         else:
             self._target = self._moments = None
         return facts
+
+    def rung_loss(self) -> float:
+        """The loss of the distillation under way on what it holds out; 0 is the base itself.
+
+        The sum of the errors of latents, rewards, values and policy, each divided by its target's variance.
+
+        Raises:
+            RuntimeError: no distillation is under way.
+        """
+        if self._distilling is None:
+            raise RuntimeError("the TD-MPC agent has a rung loss only while it is distilled")
+        return self._distilling.held_out_loss()
 
     @cached_property
     def lessons(self) -> Lessons:
