@@ -26,6 +26,7 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.estimates import Estimates
+from search.history import worth_keeping
 from search.space import Anchor, Dimension, Params, SearchSpace
 from search.study_database import StudyDatabase
 from search.trial_types import Proposal, TrialResult
@@ -42,6 +43,9 @@ LOGARITHMIC = frozenset({"parameters", "macs"})
 STARTUP_TRIALS = 10
 """Results that a model-based sampler waits for; anchors count, and where they are more, it waits for them."""
 
+HISTORY = {"tpe": 600, "gp": 250}
+"""How many finished trials a sampler learns from at least; half as many more are the most."""
+
 PROPOSALS = 8
 """Attempts at a proposal that was not made before."""
 
@@ -50,7 +54,8 @@ class Study:
     """Asks a sampler for proposals and tells it what became of them.
 
     The first trials are the anchors of the space. No decision is proposed twice while there are others:
-    running trials repel the proposals of `tpe` and `gp`, and a repeated proposal is drawn again.
+    running trials repel the proposals of `tpe` and `gp`, and a repeated proposal is drawn again. However many
+    trials there are, `tpe` and `gp` learn from a bounded number of them: see `HISTORY`.
 
     Args:
         space: what may be chosen.
@@ -87,6 +92,7 @@ class Study:
             dimension.name: _distribution(dimension) for dimension in space.dimensions
         }
         directions = [objective.direction for objective in self._objectives]
+        self._directions = directions
         self._optuna = optuna.create_study(directions=directions, sampler=RandomSampler())
         self._running: dict[int, Trial] = {}
         self._finished: set[int] = set()
@@ -195,7 +201,25 @@ class Study:
             for key, violation in outcome.violations.items():
                 trial.set_constraint(key, violation)
             self._optuna.tell(trial, outcome.values)
-        return result.number, self._projected(result, trial.params, outcome, attributes)
+        params = dict(trial.params)
+        self._forget()
+        return result.number, self._projected(result, params, outcome, attributes)
+
+    def _forget(self) -> None:
+        """Once there are half as many more trials than a sampler needs, keep those that are worth it."""
+        limit = HISTORY.get(self._sampler_name)
+        if limit is None or 2 * len(self._finished) < 3 * limit:
+            return
+        known = self._optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        if 2 * len(known) < 3 * limit:
+            return
+        nothing = [math.nan] * len(self._directions)
+        values = np.array([nothing if trial.values is None else trial.values for trial in known])
+        kept = worth_keeping(values, self._directions, limit)
+        self._optuna = optuna.create_study(directions=self._directions, sampler=RandomSampler())
+        self._optuna.add_trials([known[index] for index in kept])
+        self._stopped = self._stopped[-limit:]
+        self._running = {number: self._enqueue(trial.params) for number, trial in self._running.items()}
 
     def _params_of(self, proposal: Proposal) -> Params:
         """The point of the space that was proposed: as it was noted, if it fits, or else from the plan."""

@@ -141,7 +141,8 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
     ("importer", "allowed"),
     [
         ("cluster", {"study", "trial", "trial_types", "rungs", "scheduler", "config"}),
-        ("study", {"study_database", "space", "estimates", "pareto", "trial_types", "config"}),
+        ("history", {"pareto"}),
+        ("study", {"study_database", "space", "history", "estimates", "pareto", "trial_types", "config"}),
         ("study_database", {"pareto"}),
         ("space", {"config"}),
         ("pareto", set()),
