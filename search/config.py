@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Metric = Literal[
     "l1", "l2", "gradient", "taylor", "fisher", "gate_fisher", "bayesian", "reconstruction", "random"
 ]
-Sampler = Literal["tpe", "nsga2", "gp", "random"]
+Sampler = Literal["tpe", "nsga2", "gp", "random", "qmc"]
 
 COSTS = {
     "parameters": "parameters",
@@ -280,7 +280,8 @@ class SearchConfig(_Section):
         trials: the budget, >= 1, anchors and failures included.
         sampler: `tpe` proposes in 5 to 40 ms at any number of trials; `gp` takes 0.2 to 1.5 s, growing with
             the trials, and finds much more with few: 64 trials of the digits autoencoder reach a hypervolume
-            of 0.78 with `gp`, 0.65 with `tpe` or `nsga2`, 0.60 with `random`.
+            of 0.78 with `gp`, 0.65 with `tpe` or `nsga2`, 0.60 with `random`. `qmc` is quasi-random: it fills
+            the space more evenly.
         objectives: two or more give a front; null means `parameters` and the agent's performance. Names are
             `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` and the agent's for its performance.
         constraints: bounds that feasible trials meet, such as `{retention: ">= 0.5"}`.
@@ -296,6 +297,9 @@ class SearchConfig(_Section):
             no limit.
         retries: how often a trial is run again whose worker was lost, >= 0: killed, out of memory, or gone
             with its machine. A trial that fails by itself is never run again.
+        warm_start: a run, by its path or its name in the directory of this one, from whose trials the sampler
+            learns before it proposes; it has to have pruned the same groups and measured the same objectives.
+            null for none.
         early_stopping: of trials whose fine-tuning does not promise a place on the front; null stops none.
     """
 
@@ -310,6 +314,7 @@ class SearchConfig(_Section):
     hours: float | None = Field(None, gt=0)
     trial_timeout: float | None = Field(None, gt=0)
     retries: int = Field(2, ge=0)
+    warm_start: str | None = Field(None, min_length=1)
     early_stopping: EarlyStoppingConfig | None = None
 
     @field_validator("objectives")

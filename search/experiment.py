@@ -56,6 +56,7 @@ class CheckedExperiment:
         objectives: with directions and units.
         space: what is searched.
         resume: whether to go on with what is in the run directory.
+        earlier: trials of another search, from which the sampler learns.
     """
 
     config: ExperimentConfig
@@ -64,6 +65,7 @@ class CheckedExperiment:
     objectives: tuple[Objective, ...]
     space: SearchSpace
     resume: bool = False
+    earlier: tuple[TrialResult, ...] = ()
 
     def make_ready(self, progress: Progress) -> ReadySearch:
         """Make the run directory, train the base and store it, or go on with what is there.
@@ -97,6 +99,7 @@ class CheckedExperiment:
             database,
             proposals,
             tuple(notices),
+            self.earlier,
         )
 
     def database(self) -> StudyDatabase:
@@ -202,6 +205,7 @@ class ReadySearch:
         database: where the Optuna study is written.
         proposals: what an earlier search had proposed, by trial number.
         notices: sentences about what was mended.
+        earlier: trials of another search, from which the sampler learns.
     """
 
     config: ExperimentConfig
@@ -215,6 +219,7 @@ class ReadySearch:
     database: StudyDatabase
     proposals: Mapping[int, Proposal] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    earlier: tuple[TrialResult, ...] = ()
 
     @property
     def numbers(self) -> list[int]:
@@ -252,6 +257,7 @@ class ReadySearch:
             anchors=search.anchors,
         )
         try:
+            study.warm_start(self.earlier)
             study.replay(self.keeper.results, self.proposals)
             # One thread here: the cores are the workers', and a sampler's bits depend on the thread count.
             with deterministic(search.seed, threads=1):
@@ -347,7 +353,30 @@ def check(
         shared=shared_ratios(agent),
         options=_option_ranges(config, agent),
     )
-    return CheckedExperiment(config, path, agent, objectives, space, resume)
+    earlier = _earlier_trials(config, path, space, objectives)
+    return CheckedExperiment(config, path, agent, objectives, space, resume, earlier)
+
+
+def _earlier_trials(
+    config: ExperimentConfig, path: Path, space: SearchSpace, objectives: Sequence[Objective]
+) -> tuple[TrialResult, ...]:
+    """The trials of `search.warm_start`, if it names a run.
+
+    Raises:
+        UserError: there is no such run, or this search can learn nothing from it.
+    """
+    wish = config.search.warm_start
+    if wish is None:
+        return ()
+    place = Path(wish) if Path(wish).is_dir() else path.parent / wish
+    try:
+        results = tuple(RunDirectory.open(place).read_trials())
+        Study(space, objectives, "random", constraints=config.search.constraints).warm_start(results)
+    except UserError as error:
+        raise UserError(f"search.warm_start is {wish!r}: {error}") from None
+    if not any(result.complete for result in results):
+        raise UserError(f"search.warm_start is {wish!r}: no trial of it was completed")
+    return results
 
 
 FREE_KEYS = (

@@ -41,6 +41,12 @@ class Dimension:
     log: bool
     whole: bool = False
 
+    def at(self, share: float) -> float:
+        """The value below which the dimension has a share in [0, 1) of its values."""
+        top = self.high + 1 if self.whole else self.high
+        value = self.low * (top / self.low) ** share if self.log else self.low + share * (top - self.low)
+        return min(float(math.floor(value)) if self.whole else value, self.high)
+
 
 @dataclass(frozen=True)
 class OptionRange:

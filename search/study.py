@@ -24,7 +24,9 @@ import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from scipy.stats import qmc
 
+from components.errors import UserError
 from search.estimates import Estimates
 from search.history import worth_keeping
 from search.space import Anchor, Dimension, Params, SearchSpace
@@ -43,7 +45,7 @@ LOGARITHMIC = frozenset({"parameters", "macs"})
 STARTUP_TRIALS = 10
 """Results that a model-based sampler waits for; anchors count, and where they are more, it waits for them."""
 
-HISTORY = {"tpe": 600, "gp": 250}
+HISTORY = {"tpe": 300, "gp": 250}
 """How many finished trials a sampler learns from at least; half as many more are the most."""
 
 PROPOSALS = 8
@@ -60,7 +62,7 @@ class Study:
     Args:
         space: what may be chosen.
         objectives: what is traded off, with directions.
-        sampler: `tpe` (multivariate), `nsga2`, `gp` or `random`.
+        sampler: `tpe` (multivariate), `nsga2`, `gp`, `random` or `qmc` (quasi-random: a Sobol sequence).
         seed: of all proposals.
         constraints: what feasible trials meet; samplers prefer those.
         database: where finished trials are written for people to look at; None writes none.
@@ -179,6 +181,36 @@ class Study:
         if self._database is not None:
             self._database.put(*finished)
 
+    def warm_start(self, results: Iterable[TrialResult]) -> None:
+        """Let the sampler learn from the complete trials of another search of the same space.
+
+        They are no trials of this search: its numbers, its front and its database know nothing of them.
+        Before anything is asked for or replayed.
+
+        Raises:
+            UserError: a plan does not fit the space, or the trials measured other objectives.
+        """
+        for result in results:
+            if not result.complete:
+                continue
+            outcome = self._judge(result)
+            if outcome.values is None:
+                raise UserError(f"trial {result.number} of the other search is of no use: {outcome.reason}")
+            if set(result.plan.ratios) != set(self._space.sizes):
+                raise UserError(
+                    f"trial {result.number} of the other search prunes {_listed(result.plan.ratios)}, "
+                    f"this one {_listed(self._space.sizes)}"
+                )
+            self._optuna.add_trial(
+                create_trial(
+                    values=outcome.values,
+                    params=self._space.params_of(result.plan, result.options),
+                    distributions=dict(self._distributions),
+                    constraints=outcome.violations,
+                )
+            )
+            self._estimates.learn(result)
+
     def close(self) -> None:
         """Wait until the database has everything, unless it takes nothing; the study may be used no more."""
         if self._database is not None:
@@ -243,16 +275,30 @@ class Study:
     def _propose(self, number: int) -> Trial:
         """A trial from the sampler whose decision is new, as far as there are new ones to be found."""
         for attempt in range(PROPOSALS):
-            seed = int(np.random.SeedSequence([self._seed, number, attempt]).generate_state(1)[0])
             last = attempt == PROPOSALS - 1
-            self._optuna.sampler = RandomSampler(seed) if last else self._make_sampler(seed)
-            with _one_torch_thread():
-                trial = self._optuna.ask(self._distributions)
+            if self._sampler_name == "qmc" and attempt == 0:
+                trial = self._enqueue(self._quasi_random(number))
+            else:
+                seed = int(np.random.SeedSequence([self._seed, number, attempt]).generate_state(1)[0])
+                self._optuna.sampler = RandomSampler(seed) if last else self._make_sampler(seed)
+                with _one_torch_thread():
+                    trial = self._optuna.ask(self._distributions)
             plan, options = self._space.to_plan(trial.params), self._space.to_options(trial.params)
             if last or self._space.decision(plan, options) not in self._decisions:
                 break
             self._optuna.tell(trial, state=TrialState.FAIL)  # samplers pass over failed trials
         return trial
+
+    def _quasi_random(self, number: int) -> Params:
+        """Point `number` of a scrambled Sobol sequence: the same, however a process came there."""
+        sequence = qmc.Sobol(len(self._space.dimensions), rng=np.random.default_rng(self._seed))
+        if number:
+            sequence.fast_forward(number)
+        [point] = sequence.random(1)
+        return {
+            dimension.name: dimension.at(float(u))
+            for dimension, u in zip(self._space.dimensions, point, strict=True)
+        }
 
     def _make_sampler(self, seed: int) -> BaseSampler:
         startup = max(len(self._anchors), STARTUP_TRIALS)
@@ -268,7 +314,7 @@ class Study:
                     seed=seed,
                     warn_independent_sampling=False,
                 )
-            case "random":
+            case "random" | "qmc":
                 return RandomSampler(seed)
         raise ValueError(f"unknown sampler {self._sampler_name!r}")
 
@@ -384,6 +430,10 @@ def _attributes(result: TrialResult, outcome: _Outcome) -> dict[str, object]:
     if outcome.reason is not None:
         attributes["reason"] = outcome.reason
     return attributes
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _word(value: float | None) -> str:

@@ -85,6 +85,7 @@ search:
   hours: 1.5
   trial_timeout: 600
   retries: 0
+  warm_start: runs/other
   options: {samples: [32, 256], iterations: [1, 6]}
   early_stopping: {rungs: 2, reduction: 4, first: 0.3}
 resources: {cpus: 0.5, gpus: 0.25}
@@ -182,7 +183,8 @@ def test_faults_of_an_override_name_the_override() -> None:
         (
             "search.trails=3",
             "unknown key search.trails: did you mean 'trials'? allowed: anchors, concurrency, constraints, "
-            "early_stopping, hours, objectives, options, retries, sampler, seed, trial_timeout, trials",
+            "early_stopping, hours, objectives, options, retries, sampler, seed, trial_timeout, trials, "
+            "warm_start",
         ),
         (
             "trials=3",
@@ -221,8 +223,11 @@ def test_faults_of_an_override_name_the_override() -> None:
             )
         ),
         ("search.anchors=1", "search.anchors is 1: it must be true or false"),
-        ("search.sampler=tp", "search.sampler is 'tp': did you mean 'tpe'? allowed: gp, nsga2, random, tpe"),
-        ("search.sampler=3", "search.sampler is 3: allowed: gp, nsga2, random, tpe"),
+        (
+            "search.sampler=tp",
+            "search.sampler is 'tp': did you mean 'tpe'? allowed: gp, nsga2, qmc, random, tpe",
+        ),
+        ("search.sampler=3", "search.sampler is 3: allowed: gp, nsga2, qmc, random, tpe"),
         (
             "search.objectives=parameters",
             "search.objectives is 'parameters': it must be a list, not empty, or null",

@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 
 from agents.agent import Objective
 from components.dependency import Group
+from components.errors import UserError
 from components.mixing import kept_count
 from search import study as study_module
 from search.config import Constraint
@@ -38,7 +39,7 @@ GROUPS = (
 )
 METRICS = ("l2", "fisher")
 OBJECTIVES = (Objective("parameters", "minimize", "parameters"), Objective("score", "maximize", "points"))
-SAMPLERS = ["tpe", "nsga2", "gp", "random"]
+SAMPLERS = ["tpe", "nsga2", "gp", "random", "qmc"]
 
 
 def space_of(metrics: Sequence[str] = METRICS, groups: Sequence[Group] = GROUPS) -> SearchSpace:
@@ -572,6 +573,36 @@ def test_what_was_proposed_and_has_not_finished_is_proposed_again() -> None:
     after.replay([done], {number: Proposal.from_record(p.to_record()) for number, p in proposals.items()})
     assert [after.ask(number) for number in (20, 21)] == [proposals[20], proposals[21]]
     assert after.ask(22) != before.ask(22)  # of another seed
+
+
+def test_quasi_random_points_are_those_of_the_sequence_whatever_was_told() -> None:
+    space = space_of(metrics=("l2",))
+    study, other = make("qmc", 3, space=space, anchors=False), make("qmc", 3, space=space, anchors=False)
+    run(other, 5)
+    points = []
+    for number in range(64):
+        points.append([study.ask(number).params[dimension.name] for dimension in space.dimensions])
+    assert list(other.ask(8).params.values()) == points[8]
+    shares = np.log(np.array(points) / 0.02) / np.log(1 / 0.02)  # of a log-uniform dimension, in [0, 1)
+    for column in shares.T:
+        assert sorted(np.floor(64 * column).astype(int)) == list(range(64)), "one point in every 64th"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_a_warm_start_teaches_the_sampler_and_nobody_else(sampler: str, tmp_path: Path) -> None:
+    earlier = run(make("random", 5), 40)
+    cold, warm = make(sampler, 1, anchors=False), make(sampler, 1, anchors=False, database=tmp_path / "s.db")
+    warm.warm_start(earlier)
+    assert cold.ask(0) != warm.ask(0)
+    warm.tell(finish(0, make(sampler, 1).ask(0)))
+    warm.close()
+    assert [trial.user_attrs["trial"] for trial in stored(tmp_path / "s.db").trials] == [0]
+
+
+def test_a_warm_start_of_another_space_is_refused() -> None:
+    other = run(make("random", space=space_of()), 3)
+    with pytest.raises(UserError, match=r"trial 0 .* prunes decoder\.0, encoder\.0, latent, this one a, b"):
+        make(space=nine_decisions()).warm_start(other)
 
 
 def test_replay_keeps_the_numbers_and_asks_for_what_is_missing(tmp_path: Path) -> None:

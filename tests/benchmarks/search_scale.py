@@ -6,13 +6,14 @@ specification, worker, a result with a state of 100,000 parameters, fsynced reco
 time there: on a machine with fewer cores than workers these compete with the driver. `growth_mb` is how much
 the driver's resident memory has grown from its first trial to its last.
 
-`quality` compares `tpe` as it is, with a bounded history, and unbounded: the hypervolume of a synthetic search
-of `--quality-trials` trials, as a mean over seeds, and the seconds that its proposals took.
+`quality` compares `tpe` as it is, with a bounded history, and unbounded: the hypervolume of a synthetic
+search of `--quality-trials` trials, as a mean over seeds, and the seconds that its proposals took.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -115,7 +116,7 @@ def synthetic_search(trials: int, seed: int) -> float:
         proposal = study.ask(number)
         kept = [kept_count(size, proposal.plan.ratios[name]) for name, size in places.sizes.items()]
         widths = [64, *kept, 64]
-        parameters = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+        parameters = sum(a * b for a, b in itertools.pairwise(widths))
         good = math.prod(1 - math.exp(-own / need) for own, need in zip(kept, needs, strict=True))
         sizes.append(min(1.0, parameters / full))
         retention.append(good)
