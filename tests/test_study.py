@@ -579,9 +579,7 @@ def test_quasi_random_points_are_those_of_the_sequence_whatever_was_told() -> No
     space = space_of(metrics=("l2",))
     study, other = make("qmc", 3, space=space, anchors=False), make("qmc", 3, space=space, anchors=False)
     run(other, 5)
-    points = []
-    for number in range(64):
-        points.append([study.ask(number).params[dimension.name] for dimension in space.dimensions])
+    points = [list(study.ask(number).params.values()) for number in range(64)]
     assert list(other.ask(8).params.values()) == points[8]
     shares = np.log(np.array(points) / 0.02) / np.log(1 / 0.02)  # of a log-uniform dimension, in [0, 1)
     for column in shares.T:
