@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from search.cluster import NodeAnswer, describe, on_every_node
+from search.driver import describe
 from search.node_checks import Finding, check_node, free_disk, note, ok, problem
+from search.ray_connection import NodeAnswer, on_every_node
 
 NODE_SECONDS = 120.0
 """How long a node may take to answer."""

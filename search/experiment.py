@@ -28,10 +28,11 @@ from components import UserError
 from components.errors import nearest
 from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
 from search.base_files import load_base, save_base
-from search.cluster import SearchOutcome, run_search
+from search.cluster import run_search
 from search.config import ExperimentConfig, changes, parse_experiment, resolve_objectives
 from search.config_errors import shown
 from search.determinism import deterministic
+from search.driver import SearchOutcome
 from search.durable_files import write_text
 from search.front import Front
 from search.front_keeper import FrontKeeper

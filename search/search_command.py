@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from search.cluster import SearchOutcome
 from search.config import ExperimentConfig
+from search.driver import SearchOutcome
 from search.experiment import CheckedExperiment, ReadySearch, check
 from search.front import Front
 from search.front_table import (

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from search.cluster import SearchOutcome
 from search.config import parse_experiment
+from search.driver import SearchOutcome
 from search.experiment import ReadySearch, check
 from search.front import Front
 from search.rungs import SteppedTrial

@@ -114,7 +114,7 @@ def test_agents_know_components_by_their_types_only() -> None:
 @pytest.mark.parametrize(
     ("distribution", "user"),
     [
-        ("ray", "search.cluster"),
+        ("ray", {"search.cluster", "search.ray_connection"}),
         ("optuna", {"search.study", "search.study_database"}),
         ("greenlet", "search.rungs"),
         ("wandb", "search.wandb_runs"),
@@ -140,7 +140,10 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
 @pytest.mark.parametrize(
     ("importer", "allowed"),
     [
-        ("cluster", {"study", "trial", "trial_types", "rungs", "scheduler", "config"}),
+        ("cluster", {"driver", "interruption", "ray_connection", "rungs", "scheduler", "trial_types"}),
+        ("driver", {"interruption", "scheduler", "trial_types"}),
+        ("interruption", set()),
+        ("ray_connection", {"driver"}),
         ("history", {"pareto"}),
         ("study", {"study_database", "space", "history", "estimates", "pareto", "trial_types", "config"}),
         ("study_database", {"pareto"}),

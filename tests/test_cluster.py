@@ -17,7 +17,7 @@ from greenlet import GreenletExit
 
 from components.errors import UserError
 from components.mixing import PruningPlan
-from search import cluster
+from search import cluster, driver, ray_connection
 from search.rungs import Report
 from search.trial_types import Proposal, TrialResult, TrialSettings, TrialSpec
 
@@ -431,7 +431,7 @@ def test_a_local_cluster_that_is_lost_is_started_again(process: str) -> None:
 
     def kill(result: TrialResult) -> None:
         if result.number == 2:
-            os.kill(cluster._own_node().all_processes[process][0].process.pid, signal.SIGKILL)
+            os.kill(ray_connection.own_node().all_processes[process][0].process.pid, signal.SIGKILL)
 
     outcome = search(journal, range(8), unhurried, observers=[kill], concurrency=2)
     assert (outcome.complete, outcome.failed) == (8, 0)
@@ -454,7 +454,7 @@ def test_one_at_a_time_builds_on_all_before_until_a_result_cannot_be_stored() ->
 
 
 def test_workers_that_cannot_start_end_the_search_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_STILLBORN_LIMIT", 2)
+    monkeypatch.setattr(driver, "STILLBORN_LIMIT", 2)
     journal = Journal()
     with pytest.raises(UserError, match=r"no worker can run trials: the worker could not start: .*half"):
         search(journal, range(50), plain, base=Unreadable(), concurrency=1)
@@ -491,8 +491,8 @@ def test_trials_per_cluster(
 ) -> None:
     reported = [{"Alive": True, "Resources": node} for node in nodes]
     reported.append({"Alive": False, "Resources": {"CPU": 64.0}})
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: reported)
-    assert cluster._slots(cpus, gpus) == expected
+    monkeypatch.setattr(ray_connection.ray, "nodes", lambda: reported)
+    assert ray_connection.slots_of(cpus, gpus) == expected
 
 
 def test_a_trial_larger_than_every_node_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,11 +500,11 @@ def test_a_trial_larger_than_every_node_is_refused(monkeypatch: pytest.MonkeyPat
         {"Alive": True, "Resources": {"CPU": 2.0}},
         {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}},
     ]
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray_connection.ray, "nodes", lambda: nodes)
     with pytest.raises(
         UserError, match=r"needs 8 CPUs and 0 GPUs, but the largest node .* 4 CPUs and 1 GPUs"
     ):
-        cluster._slots(8, 0)
+        ray_connection.slots_of(8, 0)
 
 
 @pytest.mark.parametrize(
@@ -521,6 +521,6 @@ def test_a_trial_larger_than_every_node_is_refused(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_what_is_said_of_a_lost_worker(account: str, reason: str, had_started: bool) -> None:
-    said, started = cluster._reason_of_loss(account)
+    said, started = driver._reason_of_loss(account)
     assert reason in said
     assert started is had_started

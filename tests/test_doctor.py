@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from components.errors import UserError
-from search import cluster, doctor, node_checks
+from search import doctor, node_checks, ray_connection
 from search.cli import main
-from search.cluster import NodeAnswer, on_every_node
 from search.doctor import expected, storage, token, wandb
 from search.node_checks import Finding, check_node
+from search.ray_connection import NodeAnswer, on_every_node
 
 NODE_CHECKS = Path(node_checks.__file__)
 NAMES = {"ok", "note", "problem"}
@@ -327,7 +327,7 @@ def two_nodes() -> Iterator[str]:
     """The address of a real cluster on this machine, of nodes with two and with three CPUs."""
     from ray.cluster_utils import Cluster
 
-    with cluster._environment(cluster._ENVIRONMENT):
+    with ray_connection.ray_environment():
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         try:
             nodes.add_node(num_cpus=3)
