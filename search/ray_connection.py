@@ -82,7 +82,7 @@ def cluster_lives() -> bool:
     node = own_node()
     if node.head:  # a cluster of this process's own: its processes are its children
         parts = [node.all_processes.get(part, []) for part in ("gcs_server", "raylet")]
-        return all(info.process.poll() is None for processes in parts for info in processes)
+        return all(map(_alive, parts))
     here = ray.get_runtime_context().get_node_id()
     return any(entry["NodeID"] == here and entry["Alive"] for entry in ray.nodes())  # type: ignore[no-untyped-call]
 
@@ -189,26 +189,30 @@ def connected(address: str | None, code: Sequence[Path] = ()) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             whole = " ".join(str(error).split())  # a mismatch of versions takes several lines to tell
             raise UserError(f"the Ray cluster at address {address!r} cannot be joined: {whole}") from error
+    heads = own_node().all_processes.get("gcs_server", [])
     left = threading.Event()
-    threading.Thread(target=_watch_head, args=(left,), name="ray-head-watch", daemon=True).start()
+    threading.Thread(target=_watch_head, args=(heads, left), name="ray-head-watch", daemon=True).start()
     try:
         yield
     finally:
+        if _alive(heads):  # from here on it dies because it is told to, however long that takes
+            left.set()
         ray.shutdown()
         left.set()
 
 
-def _watch_head(left: threading.Event) -> None:
+def _alive(processes: Sequence[Any]) -> bool:
+    return all(info.process.poll() is None for info in processes)
+
+
+def _watch_head(heads: Sequence[Any], left: threading.Event) -> None:
     """End the process if the head of its own cluster has died and it does not get away from it.
 
     Tune's loop then waits inside Ray, and Ray would end the process a little later, without a word about what
     can be done. Everything that has finished is on the disk.
     """
-    heads = own_node().all_processes.get("gcs_server", [])
     while not left.wait(1.0):
-        if all(head.process.poll() is None for head in heads):
-            continue
-        if not left.wait(_HEAD_SECONDS):
+        if not _alive(heads) and not left.wait(_HEAD_SECONDS):
             print(
                 "\nprunefront: the head of the Ray cluster on this machine died; everything that had "
                 "finished is kept, and the same command with --resume goes on from there",

@@ -426,7 +426,9 @@ def test_when_the_time_is_up_no_further_trial_begins() -> None:
 
 
 @pytest.mark.parametrize("process", ["raylet"])
-def test_a_local_cluster_that_is_lost_is_started_again(process: str) -> None:
+def test_a_local_cluster_that_is_lost_is_started_again(process: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # However slow: a cluster that is being left is not taken for one whose head has died.
+    monkeypatch.setattr(ray_connection, "_HEAD_SECONDS", 0.0)
     journal = Journal()
 
     def kill(result: TrialResult) -> None:
