@@ -1,0 +1,185 @@
+"""Which sampler finds most at which budget: `python tests/benchmarks/samplers.py --json`.
+
+Every sampler searches every problem with every budget of trials, one trial at a time and with the anchors
+that each search starts with, over several seeds. What counts is the hypervolume (mean retention over log
+size), as a share of what there is to be had.
+
+- `synthetic`: eight groups and three metrics. A plan with kept shares s has the size of their geometric mean
+  m and retains q R(m), R(m) = 1 - 0.9 (0.02 / m)^0.7. The quality q in (0, 1] is 1 only where the shares lie
+  about m as they should, which depends on the group and on m, and all weight is on one of the metrics: the
+  front, and its hypervolume, are known.
+- `autoencoder`: that experiment on validation data, as a share of 1; one base for each seed.
+
+Intervals are 95 % (Student's t) over the seeds. `winner` names the best in the mean at each budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+from figures import run
+from fronts import interval
+
+SAMPLERS = ("tpe", "nsga2", "gp", "random", "qmc")
+PROBLEMS = ("synthetic", "autoencoder")
+METRICS = ("l2", "fisher", "reconstruction")
+SMALLEST = 0.02
+GROUPS = 8
+
+Measure = Callable[[Mapping[str, float], Mapping[str, float]], tuple[float, float]]
+"""Kept shares by group and coefficients by metric -> size ratio and retention."""
+
+
+def best_retention(size: np.ndarray | float) -> np.ndarray | float:
+    """The known front of the synthetic problem."""
+    return 1 - 0.9 * (SMALLEST / size) ** 0.7
+
+
+def synthetic_measure(shares: Mapping[str, float], weights: Mapping[str, float]) -> tuple[float, float]:
+    """Size and retention of a plan."""
+    logs = np.log(np.clip(list(shares.values()), SMALLEST, 1.0))
+    middle = float(logs.mean())
+    depth = middle / math.log(SMALLEST)  # 0 keeps everything, 1 as little as can be
+    wanted = np.linspace(-1, 1, len(logs)) * 3.2 * depth * (1 - depth)
+    quality = math.exp(-float(np.square(logs - middle - wanted).mean()) / 0.5)
+    return math.exp(middle), quality * (0.8 + 0.2 * weights["fisher"]) * float(
+        best_retention(math.exp(middle))
+    )
+
+
+def known_hypervolume() -> float:
+    """Of the synthetic front, by the midpoint rule over the log size that hypervolumes count."""
+    from search.pareto import SMALLEST_SIZE
+
+    middles = (np.arange(20_000) + 0.5) / 20_000
+    sizes = SMALLEST_SIZE ** (1 - middles)
+    return float(np.where(sizes >= SMALLEST, best_retention(sizes), 0.0).mean())
+
+
+def run_seed(arguments: tuple[str, int, tuple[str, ...], tuple[int, ...]]) -> dict[tuple[str, int], float]:
+    """Hypervolume by sampler and budget, on one seed, in a process of its own with one thread."""
+    problem, seed, samplers, budgets = arguments
+    import torch
+
+    torch.set_num_threads(1)
+    from search.determinism import deterministic
+
+    found = {}
+    search = _synthetic_search if problem == "synthetic" else _autoencoder_search(seed)
+    for sampler in samplers:
+        for budget in budgets:
+            with deterministic(seed, 1):
+                found[sampler, budget] = search(sampler, budget, seed)
+            print(
+                f"{problem} {seed}: {sampler} {budget}: {found[sampler, budget]:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
+    return found
+
+
+def _synthetic_search(sampler: str, budget: int, seed: int) -> float:
+    from agents.agent import Objective
+    from components.dependency import Group
+    from search.pareto import hypervolume_log
+    from search.space import SearchSpace
+    from search.study import Study
+    from search.trial_types import TrialResult
+
+    groups = [Group(f"g{i}", frozenset({"net"}), 1000, ()) for i in range(GROUPS)]
+    space = SearchSpace.build(groups, metrics=METRICS, max_ratio=1 - SMALLEST, trials=budget)
+    objectives = (Objective("parameters", "minimize", "parameters"), Objective("score", "maximize", "points"))
+    study = Study(space, objectives, sampler, seed, trials=budget)  # type: ignore[arg-type]
+    sizes, retentions = [], []
+    for number in range(budget):
+        proposal = study.ask(number)
+        plan = proposal.plan
+        shares = {group: 1 - ratio for group, ratio in plan.ratios.items()}
+        size, retention = synthetic_measure(shares, plan.coefficients)  # type: ignore[arg-type]
+        sizes.append(size)
+        retentions.append(retention)
+        measured = {"parameters": 1e6 * size, "score": retention}
+        study.tell(TrialResult(number, "complete", plan, proposal.origin, seed=0, objectives=measured))
+    return hypervolume_log(sizes, retentions) / known_hypervolume()
+
+
+def _autoencoder_search(seed: int) -> Callable[[str, int, int], float]:
+    from agents.agent import shared_ratios
+    from search.base import train_base
+    from search.config import load_experiment, resolve_objectives
+    from search.pareto import hypervolume_log
+    from search.prepared_base import prepare
+    from search.space import SearchSpace
+    from search.study import Study
+    from search.trial import run_trial
+    from search.trial_types import TrialSettings, TrialSpec, trial_seed
+
+    config = load_experiment("autoencoder", [f"base.seed={seed}"])
+    pruning = config.pruning
+    base = train_base("autoencoder", config.agent.options, seed=seed, metrics=pruning.metrics)
+    dense = prepare(base)
+    objectives = resolve_objectives(config.search.objectives, (), dense.agent.performance)
+    settings = TrialSettings(
+        metrics=pruning.metrics,
+        objectives=tuple(objective.name for objective in objectives),
+        reconstruction=pruning.reconstruction,
+        fine_tune_updates=pruning.fine_tune.updates,
+    )
+
+    def search(sampler: str, budget: int, seed: int) -> float:
+        space = SearchSpace.build(
+            dense.graph.groups,
+            metrics=pruning.metrics,
+            max_ratio=pruning.max_ratio,
+            trials=budget,
+            shared=shared_ratios(dense.agent),
+        )
+        study = Study(space, objectives, sampler, seed, trials=budget)  # type: ignore[arg-type]
+        results = []
+        for number in range(budget):
+            proposal = study.ask(number)
+            spec = TrialSpec.of(number, proposal, trial_seed(seed, number), settings)
+            results.append(run_trial(spec, base))
+            study.tell(results[-1])
+        complete = [result for result in results if result.complete]
+        sizes = [result.size_ratio or 1.0 for result in complete]
+        return hypervolume_log(sizes, [result.retention or 0.0 for result in complete])
+
+    return search
+
+
+def measure(options: argparse.Namespace) -> Mapping[str, object]:
+    """All problems, seeds in parallel."""
+    found: dict[str, object] = {"known_hypervolume_synthetic": round(known_hypervolume(), 4)}
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for problem in options.problems:
+        jobs = [(problem, seed, tuple(options.samplers), tuple(options.budgets)) for seed in seeds]
+        with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+            by_seed = list(pool.map(run_seed, jobs))
+        for budget in options.budgets:
+            by_sampler = {
+                sampler: interval([volumes[sampler, budget] for volumes in by_seed])
+                for sampler in options.samplers
+            }
+            found[f"{problem}_{budget}"] = {
+                **by_sampler,
+                "winner": max(by_sampler, key=lambda sampler: by_sampler[sampler]["mean"]),
+            }
+    return found
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
+    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
+    parser.add_argument("--budgets", nargs="+", type=int, default=[32, 64, 128, 256])
+
+
+if __name__ == "__main__":
+    run(__doc__, measure, _configure, seeds=5, first_seed=200, processes=os.cpu_count())
