@@ -90,7 +90,7 @@ def run_search(
         code: directories of packages and single modules that are sent to the workers of such a cluster.
         retries: how often a trial runs again whose worker was lost; then it has failed.
         trial_timeout: seconds after which a trial that still runs is stopped and has failed; None for never.
-        seconds: after which no further trial begins; None for no limit.
+        seconds: after the first trial began, after which no further one does; None for no limit.
         early_stopping: decides which of the trials that report a rung are stopped there; None stops none.
 
     Raises:

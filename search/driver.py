@@ -103,7 +103,8 @@ class Driver:
         self._early_stopping = early_stopping
         self._retries = retries
         self._trial_timeout = trial_timeout
-        self._deadline = math.inf if seconds is None else time.monotonic() + seconds
+        self._seconds = math.inf if seconds is None else seconds
+        self._deadline = math.inf  # until the first trial begins
         self._asked = 0
         self._stillborn = 0  # workers that failed to start, one after the other
         self._restarts = 0  # clusters lost, one after the other
@@ -190,7 +191,9 @@ class Driver:
 
     def begin(self, trial_id: str, kill: Callable[[], None]) -> None:
         """A worker begins to run a trial; `kill` ends the worker."""
-        self._begun[trial_id] = (time.monotonic(), kill)
+        now = time.monotonic()
+        self._begun[trial_id] = (now, kill)
+        self._deadline = min(self._deadline, now + self._seconds)
 
     def lose(self, trial_id: str, account: str) -> None:
         """A trial's worker is gone, or never was; `account` is what Ray wrote about it."""
