@@ -185,8 +185,9 @@ class _Searcher(Searcher):
         spec = self._driver.next_spec(trial_id)
         if spec is not None:
             return {"spec": _Parcel(spec)}
-        # With no trial running, Tune would wait ten minutes for a configuration.
-        return Searcher.FINISHED if self._driver.ending else None
+        # Not as soon as it is ending: a trial that runs may be lost and run again, and this is final. But
+        # where it is over, Tune would wait ten minutes for a configuration.
+        return Searcher.FINISHED if self._driver.over else None
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

@@ -381,7 +381,7 @@ class ExperimentConfig(_Section):
     def _postgresql(cls, storage: str | None) -> str | None:
         if storage is not None and not re.match(r"postgres(ql)?(\+psycopg)?://[^/]", storage):
             reason = "it must be the URL of a PostgreSQL database, such as 'postgresql://user@host/database'"
-            raise Fault(reason, value=shown(_masked(storage)))
+            raise Fault(reason, value=f"'{storage.partition(':')[0]}:…'")
         return storage
 
     @model_validator(mode="after")
@@ -409,7 +409,9 @@ class ExperimentConfig(_Section):
         """The same without a password, to be stored and shown."""
         if self.storage is None:
             return self
-        return self.model_copy(update={"storage": _masked(self.storage)})
+        from search.study_database import without_password
+
+        return self.model_copy(update={"storage": without_password(self.storage)})
 
 
 def shipped_experiments() -> tuple[str, ...]:
@@ -454,7 +456,8 @@ def parse_experiment(
     for override in overrides:
         path, value = _parse_override(override)
         _assign(data, path, value, override)
-        origins[path] = f"--set {override}"
+        secret = path == ("storage",)  # it may hold a password
+        origins[path] = "--set storage" if secret else f"--set {override}"
     try:
         return ExperimentConfig.model_validate(data)
     except ValidationError as error:
@@ -504,11 +507,6 @@ def _check_measurements(
         if constraint.name not in measured:
             allowed = nearest(constraint.name, measured)
             raise Fault(f"is not measured: {allowed}", key=f"search.constraints.{constraint.name}")
-
-
-def _masked(url: str) -> str:
-    """A URL whose password, if it has one, is left out."""
-    return re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1@", url)
 
 
 def changes(before: ExperimentConfig, after: ExperimentConfig) -> dict[str, tuple[Any, Any]]:

@@ -192,22 +192,26 @@ class Driver:
     def begin(self, trial_id: str, kill: Callable[[], None]) -> None:
         """A worker begins to run a trial; `kill` ends the worker."""
         now = time.monotonic()
+        self._stillborn = 0
         self._begun[trial_id] = (now, kill)
         self._deadline = min(self._deadline, now + self._seconds)
 
     def lose(self, trial_id: str, account: str) -> None:
         """A trial's worker is gone, or never was; `account` is what Ray wrote about it."""
         reason, had_started = _reason_of_loss(account)
-        self._stillborn = 0 if had_started else self._stillborn + 1
-        if self._stillborn >= STILLBORN_LIMIT and not self.complete:
-            self.fatal = self.fatal or UserError(f"no worker can run trials: {reason}")
-        else:
+        if had_started:
             self._lose(trial_id, reason)
+            return
+        self._stillborn += 1
+        self._run_again(trial_id)  # the trial is not to blame
+        if self._stillborn >= STILLBORN_LIMIT and self.fatal is None:
+            self.fatal = UserError(f"no worker can run trials: {reason}")
 
     def lose_cluster(self, address: str | None) -> None:
-        """The cluster is gone, with all that ran on it."""
+        """The cluster is gone, with all that ran on it; no trial is to blame."""
         for trial_id in list(self._running):
-            self._lose(trial_id, "the worker was lost with the whole cluster")
+            self._run_again(trial_id)
+            self.repeated += 1
         self._restarts += 1
         if address is not None:
             self.fatal = UserError(f"the Ray cluster at address {address!r} is gone")
@@ -239,10 +243,14 @@ class Driver:
         if times > self._retries:
             self.finish(trial_id, reason if times == 1 else f"{reason} (the last of {times} times)")
             return
-        del self._running[trial_id]
-        self._again.append(spec)
+        self._run_again(trial_id)
         self.repeated += 1
         logger.warning("trial %d runs again: %s", spec.number, reason)
+
+    def _run_again(self, trial_id: str) -> None:
+        self._begun.pop(trial_id, None)
+        if trial_id in self._running:
+            self._again.append(self._running.pop(trial_id)[0])
 
     @property
     def stopped(self) -> bool:
@@ -259,6 +267,8 @@ class Driver:
     @property
     def over(self) -> bool:
         """No further result is waited for."""
+        if time.monotonic() > self._deadline:  # what waits for room has not begun, and is not waited for
+            return self.stopped or not self._begun
         return self.stopped or (self.ending and not self._running)
 
 
@@ -284,7 +294,7 @@ def _reason_of_loss(account: str) -> tuple[str, bool]:
     """One line from Ray's account of how a worker was lost, and whether it had started."""
     lines = [line.strip() for line in account.splitlines() if line.strip()]
     last = lines[-1] if lines else "Ray gave no reason"
-    if "raised in its creation task" in account:
+    if "raised in its creation task" in account or "RuntimeEnvSetupError" in account:
         return f"the worker could not start: {last}", False
     if "OutOfMemoryError" in account or "running low on memory" in account:
         return "the worker was stopped because its machine ran out of memory", True

@@ -45,6 +45,9 @@ from search.study_database import StudyDatabase
 from search.trial import run_trial
 from search.trial_types import Proposal, TrialResult, TrialSettings, TrialSpec, trial_seed
 
+HURRIED_SECONDS = 3.0
+"""What the study's database gets to take the last trials after Ctrl-C; `--resume` adds the others."""
+
 
 @dataclass(frozen=True)
 class CheckedExperiment:
@@ -80,12 +83,17 @@ class CheckedExperiment:
             UserError: the run directory is in use, or the base did not learn; nothing is left behind then.
         """
         database = self.database()
-        database.require_ready(new=not self.resume)
+        identity = RunDirectory(self.path).read_identity() if self.resume else None
+        database.require_ready(identity)
         run, base = self._run_and_base(progress)
+        database.identity = run.read_identity()
         dense = prepare(base)
         settings = self.trial_settings()
         keeper = FrontKeeper(run, dense, self.objectives, self.config.search.constraints, settings.threads)
-        notices = run.mend() if self.resume else []
+        notices = run.mend()
+        if not self.resume:
+            run.forget_proposals()
+            run.write_warm_start(self.earlier)
         keeper.restore(run.read_trials())
         proposals = run.read_proposals()
         return ReadySearch(
@@ -262,7 +270,7 @@ class ReadySearch:
             study.replay(self.keeper.results, self.proposals)
             # One thread here: the cores are the workers', and a sampler's bits depend on the thread count.
             with deterministic(search.seed, threads=1):
-                return run_search(
+                outcome = run_search(
                     self.numbers,
                     study=study,
                     make_spec=self.specify,
@@ -280,8 +288,11 @@ class ReadySearch:
                     trial_timeout=search.trial_timeout,
                     seconds=None if search.hours is None else 3600 * search.hours,
                 )
-        finally:
-            study.close()
+        except BaseException:
+            study.close(HURRIED_SECONDS)
+            raise
+        study.close(HURRIED_SECONDS if outcome.interrupted else None)
+        return outcome
 
     def specify(self, number: int, proposal: Proposal) -> TrialSpec:
         """The specification of one trial, which is noted in the run directory."""
@@ -354,14 +365,19 @@ def check(
         shared=shared_ratios(agent),
         options=_option_ranges(config, agent),
     )
-    earlier = _earlier_trials(config, path, space, objectives)
+    earlier = _earlier_trials(config, path, space, objectives, resume=resume)
     return CheckedExperiment(config, path, agent, objectives, space, resume, earlier)
 
 
 def _earlier_trials(
-    config: ExperimentConfig, path: Path, space: SearchSpace, objectives: Sequence[Objective]
+    config: ExperimentConfig,
+    path: Path,
+    space: SearchSpace,
+    objectives: Sequence[Objective],
+    *,
+    resume: bool,
 ) -> tuple[TrialResult, ...]:
-    """The trials of `search.warm_start`, if it names a run.
+    """The trials of `search.warm_start`, if it names a run; in a resumed search those that it began with.
 
     Raises:
         UserError: there is no such run, or this search can learn nothing from it.
@@ -369,6 +385,8 @@ def _earlier_trials(
     wish = config.search.warm_start
     if wish is None:
         return ()
+    if resume:
+        return tuple(RunDirectory(path).read_warm_start())
     place = Path(wish) if Path(wish).is_dir() else path.parent / wish
     try:
         results = tuple(RunDirectory.open(place).read_trials())

@@ -36,6 +36,9 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files of every trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's waits up to 15 s for running trials; ours is below
     "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # snapshots that nobody reads
+    # Workers start side by side; how many there may be the search itself says. With one start at a time, Tune
+    # ends the workers that become free meanwhile.
+    "TUNE_MAX_PENDING_TRIALS_PG": "10000",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # failures are reported by us
 }
 # What Ray sets by itself and leaves behind.

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -43,6 +44,8 @@ class RunDirectory:
         self.front = path / "front.json"
         self.wandb = path / "wandb"
         self.lock = path / "lock"
+        self.warm_start = path / "warm_start.jsonl"
+        self.identity = path / "identity"
         self._claim: int | None = None
 
     @classmethod
@@ -59,6 +62,7 @@ class RunDirectory:
             raise cls.in_use(path) from None
         run = cls(path)
         run.claim()
+        write_text(run.identity, f"{uuid.uuid4()}\n")
         write_text(run.experiment, experiment_yaml)
         sync_directory(path.parent)
         return run
@@ -149,8 +153,31 @@ class RunDirectory:
         return results
 
     def read_proposals(self) -> dict[int, Proposal]:
-        """Trial number -> what it was last to do, finished or not."""
-        return dict(proposal for _, proposal in _read_lines(self.proposals, _numbered_proposal))
+        """Trial number -> what it was last to do, finished or not; lines that are damaged are left out."""
+        found = {}
+        for line in self.proposals.read_bytes().split(b"\n") if self.proposals.exists() else []:
+            with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
+                number, proposal = _numbered_proposal(json.loads(line, parse_constant=_refuse_constant))
+                found[number] = proposal
+        return found
+
+    def read_identity(self) -> str | None:
+        """What tells this run from every other one, of the same name too; None in an old directory."""
+        return self.identity.read_text().strip() if self.identity.is_file() else None
+
+    def write_warm_start(self, results: Iterable[TrialResult]) -> None:
+        """Keep the trials of another search that this one begins with: that one may go on, or away."""
+        records = [json.dumps(result.to_record(), allow_nan=False) + "\n" for result in results]
+        if records:
+            write_text(self.warm_start, "".join(records))
+
+    def read_warm_start(self) -> list[TrialResult]:
+        """What `write_warm_start` kept."""
+        return [result for _, result in _read_lines(self.warm_start, TrialResult.from_record)]
+
+    def forget_proposals(self) -> None:
+        """Begin anew: nothing has been asked for."""
+        self.proposals.unlink(missing_ok=True)
 
     def mend(self) -> list[str]:
         """Cut off what a crash left half written at the end of trials.jsonl and proposals.jsonl.

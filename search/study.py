@@ -211,10 +211,10 @@ class Study:
             )
             self._estimates.learn(result)
 
-    def close(self) -> None:
-        """Wait until the database has everything, unless it takes nothing; the study may be used no more."""
+    def close(self, seconds: float | None = None) -> None:
+        """Wait for the database, as `StudyDatabase.close` does; the study may be used no more."""
         if self._database is not None:
-            self._database.close()
+            self._database.close(seconds)
 
     def _tell(self, result: TrialResult) -> tuple[int, FrozenTrial]:
         """Tell the sampler of a trial that runs; returns what the database is to hold of it."""
@@ -246,7 +246,7 @@ class Study:
         if 2 * len(known) < 3 * limit:
             return
         nothing = [math.nan] * len(self._directions)
-        values = np.array([nothing if trial.values is None else trial.values for trial in known])
+        values = np.array([trial.values if trial.values and _feasible(trial) else nothing for trial in known])
         kept = worth_keeping(values, self._directions, limit)
         self._optuna = optuna.create_study(directions=self._directions, sampler=RandomSampler())
         self._optuna.add_trials([known[index] for index in kept])
@@ -430,6 +430,10 @@ def _attributes(result: TrialResult, outcome: _Outcome) -> dict[str, object]:
     if outcome.reason is not None:
         attributes["reason"] = outcome.reason
     return attributes
+
+
+def _feasible(trial: FrozenTrial) -> bool:
+    return all(violation <= 0 for violation in trial.constraints.values())
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import sqlite3
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 STILL_SECONDS = 30.0
 """How long `StudyDatabase.close` waits for a database that takes nothing."""
 
+OWNER = "prunefront run"
+"""The attribute of a study that says which run it belongs to."""
+
 Numbered = tuple[int, FrozenTrial]
 """The number of a trial in its search, and the trial as Optuna has it."""
 
@@ -41,11 +45,13 @@ class StudyDatabase:
     Args:
         storage: SQLite file, or the URL of a PostgreSQL database.
         name: of the study.
+        identity: of the run that the study belongs to; one that belongs to another run is left alone.
     """
 
-    def __init__(self, storage: Path | str, name: str) -> None:
+    def __init__(self, storage: Path | str, name: str, identity: str | None = None) -> None:
         self._storage = storage
         self._name = name
+        self.identity = identity
         self._directions: list[Direction] = []
         self._metric_names: list[str] = []
         self._inbox: queue.SimpleQueue[Sequence[Numbered] | None] = queue.SimpleQueue()
@@ -58,21 +64,23 @@ class StudyDatabase:
         """The file, or the URL without its password."""
         return str(self._storage) if isinstance(self._storage, Path) else without_password(self._storage)
 
-    def require_ready(self, *, new: bool) -> None:
+    def require_ready(self, identity: str | None) -> None:
         """Make sure of what can be known before the work begins; a file is taken as it comes.
 
         Args:
-            new: the study must not be there yet: in a database for many it would be somebody else's.
+            identity: of the run that goes on; None for a new one, which has no study yet.
 
         Raises:
-            UserError: there is no driver for the database, it does not answer, or it has such a study.
+            UserError: there is no driver for the database, it does not answer, or it has a study of this
+                name that belongs to another run.
         """
         if isinstance(self._storage, Path):
             return
         try:
             storage = self._connect()
             try:
-                names = [study.study_name for study in storage.get_all_studies()]
+                study = self._existing(storage)
+                owner = None if study is None else study.user_attrs.get(OWNER)
             finally:
                 _disconnect(storage)
         except ImportError:
@@ -81,10 +89,10 @@ class StudyDatabase:
             ) from None
         except Exception as error:
             raise UserError(f"storage {self} cannot be used: {_first_line(error)}") from None
-        if new and self._name in names:
+        if study is not None and (identity is None or owner != identity):
             raise UserError(
-                f"storage {self} has a study {self._name!r} already: choose another name with --name, or go "
-                "on with that search by --resume"
+                f"storage {self} has a study {self._name!r} of another run: choose another name with --name, "
+                "or go on with that run by --resume"
             )
 
     def start(self, directions: Sequence[Direction], metric_names: Sequence[str]) -> None:
@@ -96,13 +104,13 @@ class StudyDatabase:
         """Hand over finished trials; returns at once. The first call has all that there were before."""
         self._inbox.put(trials)
 
-    def close(self) -> None:
-        """Wait for what was handed over, as long as it is being written."""
+    def close(self, seconds: float | None = None) -> None:
+        """Wait for what was handed over, as long as it is being written, or for so many seconds."""
         self._inbox.put(None)
         written = -1
         while self._thread.is_alive() and written < len(self._written):
-            written = len(self._written)
-            self._thread.join(STILL_SECONDS)
+            written = len(self._written) if seconds is None else sys.maxsize
+            self._thread.join(STILL_SECONDS if seconds is None else seconds)
         if self._thread.is_alive():
             logger.warning("%s is still being written and may lack the last trials", self)
 
@@ -132,18 +140,31 @@ class StudyDatabase:
                 logger.warning("%s cannot be written, the search goes on: %s", self, _first_line(error))
 
     def _opened(self, known: Sequence[Numbered]) -> tuple[RDBStorage, optuna.Study]:
-        """The study: new, or as an earlier search left it that had finished some of the known trials."""
+        """The storage and the study in it; a damaged file is put aside."""
         try:
-            storage = self._connect()
-            found = self._existing(storage)
+            return self._connected_study(known)
         except (sqlite3.DatabaseError, sqlalchemy.exc.DatabaseError) as error:
             if not isinstance(self._storage, Path) or not _is_damaged(error):
                 raise
             aside = self._storage.with_name(f"{self._storage.name}.damaged")
             self._storage.replace(aside)
             logger.warning("%s was damaged, is now %s and is made anew", self, aside.name)
-            storage, found = self._connect(), None
+        return self._connected_study(known)
+
+    def _connected_study(self, known: Sequence[Numbered]) -> tuple[RDBStorage, optuna.Study]:
+        storage = self._connect()
+        try:
+            return storage, self._study_in(storage, known)
+        except BaseException:
+            _disconnect(storage)
+            raise
+
+    def _study_in(self, storage: RDBStorage, known: Sequence[Numbered]) -> optuna.Study:
+        """The study: new, or as an earlier search left it that had finished some of the known trials."""
+        found = self._existing(storage)
         if found is not None:
+            if isinstance(self._storage, str) and found.user_attrs.get(OWNER) != self.identity:
+                raise RuntimeError(f"its study {self._name!r} belongs to another run")
             written = _agreement(found, dict(known))
             if written is None:
                 logger.warning("%s does not agree with trials.jsonl and is made anew", self)
@@ -154,9 +175,10 @@ class StudyDatabase:
         study = found or optuna.create_study(
             storage=storage, study_name=self._name, directions=self._directions
         )
+        study.set_user_attr(OWNER, self.identity)
         identifier = storage.get_study_id_from_name(self._name)
         storage.set_study_system_attr(identifier, "study:metric_names", self._metric_names)
-        return storage, study
+        return study
 
     def _existing(self, storage: RDBStorage) -> optuna.Study | None:
         if self._name not in [study.study_name for study in storage.get_all_studies()]:
@@ -182,11 +204,14 @@ _TIMEOUT: dict[str, Any] = {"connect_timeout": 10}
 
 
 def without_password(url: str) -> str:
-    """A database's URL as it may be shown."""
+    """A database's URL as it may be shown and stored: without a password, wherever it stands."""
     try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
+        whole = sqlalchemy.engine.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
         return "(no URL)"
+    secrets = [key for key in whole.query if "pass" in key.lower()]
+    open_part = whole._replace(password=None).difference_update_query(secrets)
+    return open_part.render_as_string(hide_password=False)
 
 
 def _with_driver(url: str) -> str:

@@ -82,11 +82,16 @@ class KilledSearch:
             self._stop()
             self._start(["-c", BETWEEN, str(after)])
             self._await(lambda: self._ended)
+            self._require_code(-9)
             self.log.append(f"killed between record and study at {self.finished} of {self.trials}")
             return
-        if self._ended:
-            self._start(["-m", "search.cli"])
-        self._await(lambda: self._ended or self.finished >= min(before + after, self.trials))
+        while True:
+            if self._ended:
+                self._start(["-m", "search.cli"])
+            self._await(lambda: self._ended or self.finished >= before + after)
+            if not self._ended:
+                break
+            self._require_code(75)  # lost to the kill before, as Ray's head may be; it goes on
         time.sleep(0.3 * random_source.random())
         victims = self._victims(kind)
         if not victims and not self._ended:  # workers are just being replaced
@@ -98,6 +103,7 @@ class KilledSearch:
         self.log.append(f"killed {kind} {victims[:1]} at {self.finished} of {self.trials}")
         if kind == "driver":
             self._await(lambda: self._ended)
+            self._require_code(-9)
 
     def finish(self) -> None:
         """Resume until the command has ended by itself."""
@@ -106,15 +112,20 @@ class KilledSearch:
                 self._start(["-m", "search.cli"])
             assert self._process is not None
             code = self._process.wait(PATIENCE)
-            self.log.append(f"ended with {code}")
             if code == 0:
                 return
-            assert code in (75, -9), self.tail()
+            self._require_code(75)
 
     def tail(self) -> str:
         """The kills, and the end of what was printed."""
         output = (self.directory / "output").read_text(errors="replace")
         return "\n".join([*self.log, output[-3000:]])
+
+    def _require_code(self, *codes: int) -> None:
+        assert self._process is not None
+        code = self._process.wait(PATIENCE)
+        self.log.append(f"ended with {code}")
+        assert code in codes, self.tail()
 
     @property
     def _ended(self) -> bool:

@@ -211,7 +211,12 @@ def test_train_stores_a_base_that_a_search_of_the_same_experiment_continues(caps
     code, output, _ = call(capsys, "train", "toy.yaml")
     assert code == 0
     assert "Base: 299 parameters" in output
-    assert sorted(entry.name for entry in Path("runs/toy").iterdir()) == ["base", "experiment.yaml", "lock"]
+    assert sorted(entry.name for entry in Path("runs/toy").iterdir()) == [
+        "base",
+        "experiment.yaml",
+        "identity",
+        "lock",
+    ]
     before = Path("runs/toy/base/model.safetensors").stat().st_mtime_ns
     ready, _ = search_serially(Path("runs/toy"), "search.trials=3")
     assert ready.config.search.trials == 3

@@ -397,6 +397,13 @@ def test_a_trial_whose_worker_was_lost_runs_again_unchanged(tmp_path: Path) -> N
     assert {result.seed for result in journal.results} == {1000, 1001, 1002, 1003, 1004}
 
 
+def test_the_last_trial_may_be_lost_too(tmp_path: Path) -> None:
+    journal = Journal()
+    outcome = search(journal, range(2), lost_once, base=tmp_path, concurrency=2)
+    assert (outcome.complete, outcome.failed, outcome.repeated) == (2, 0, 1)
+    assert not outcome.out_of_time
+
+
 def test_without_retries_a_lost_trial_has_failed(tmp_path: Path) -> None:
     journal = Journal()
     outcome = search(journal, range(3), lost_once, base=tmp_path, concurrency=1, retries=0)

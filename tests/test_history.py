@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_study import finish, make, run
 
 from search import study as study_module
+from search.config import Constraint
 from search.history import worth_keeping
 from search.pareto import crowding_distances
 
@@ -65,6 +66,15 @@ def test_a_sampler_learns_from_so_many_trials(sampler: str, monkeypatch: pytest.
     for number, proposal in zip((40, 41), running, strict=True):
         study.tell(finish(number, proposal))
     assert study.ask(42).origin == sampler
+
+
+def test_feasible_trials_are_remembered_before_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(study_module.HISTORY, "tpe", 12)
+    study = make(constraints=(Constraint("score", "<=", 0.2),))
+    results = run(study, 40)
+    feasible = [result.objectives["score"] for result in results if result.objectives["score"] <= 0.2]
+    known = [trial.values[1] for trial in study._optuna.trials if trial.values]
+    assert max(feasible) in known
 
 
 def test_forgetting_does_not_depend_on_interruptions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -200,6 +201,35 @@ def test_another_search_is_refused_by_what_differs(whole: Path, change: str, sen
     assert sentence in str(refusal.value)
     assert "search.trials" not in str(refusal.value)
     assert lines(whole) == before
+
+
+def test_a_warm_start_outlives_the_run_that_it_came_from(whole: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    finish(ready(other))
+    settings = ("search.warm_start=other", "search.anchors=false")
+    finish(ready(tmp_path / "straight", *settings))
+    finish(ready(tmp_path / "halted", *settings, "search.trials=4"))
+    shutil.rmtree(other)
+    finish(ready(tmp_path / "halted", *settings, resume=True))
+    assert lines(tmp_path / "halted") == lines(tmp_path / "straight") != lines(whole)
+
+
+def test_a_torn_proposal_does_no_harm(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "toy"
+    with (
+        patch.object(FrontKeeper, "record", killed_at(FrontKeeper, "record", 0, after=False)),
+        pytest.raises(Killed),
+    ):
+        finish(ready(path))
+    proposals = path / "proposals.jsonl"
+    proposals.write_bytes(b"half a line\n" + proposals.read_bytes()[:-10])
+    again = ready(path)  # nothing had finished: it may as well begin anew
+    assert again.proposals == {}
+    finish(again)
+    assert lines(path) == lines(whole)
+    proposals.write_bytes(b"\0\0\n" + proposals.read_bytes()[:-10])
+    finish(ready(path, resume=True))
+    assert lines(path) == lines(whole)
 
 
 def test_what_is_not_there_is_not_resumed(tmp_path: Path) -> None:

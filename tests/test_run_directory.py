@@ -255,7 +255,12 @@ def test_the_front_is_replaced_as_a_whole(run, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             run.write_front({"trials": [2]})
     assert run.read_front() == {"trials": [1]}
-    assert sorted(entry.name for entry in run.path.iterdir()) == ["experiment.yaml", "front.json", "lock"]
+    assert sorted(entry.name for entry in run.path.iterdir()) == [
+        "experiment.yaml",
+        "front.json",
+        "identity",
+        "lock",
+    ]
 
 
 def test_a_directory_without_a_front_says_so(run):

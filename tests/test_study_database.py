@@ -22,7 +22,7 @@ from search.trial_types import TrialResult
 
 
 def study_in(storage: Path | str, name: str = "mine") -> Study:
-    return Study(space_of(), OBJECTIVES, "tpe", database=StudyDatabase(storage, name))
+    return Study(space_of(), OBJECTIVES, "tpe", database=StudyDatabase(storage, name, "this run"))
 
 
 @contextmanager
@@ -140,24 +140,28 @@ def test_a_damaged_file_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_a_new_search_does_not_enter_anothers_study(server: str) -> None:
+def test_a_study_of_another_run_is_left_alone(server: str, caplog: pytest.LogCaptureFixture) -> None:
     database = StudyDatabase(server, "taken")
-    database.require_ready(new=True)
+    database.require_ready(None)
     study = study_in(server, "taken")
-    run(study, 1)
+    run(study, 2)
     study.close()
-    database.require_ready(new=False)
-    with pytest.raises(
-        UserError, match=r"postgresql://me@127\.0\.0\.1:\d+/postgres has a study 'taken' already"
-    ):
-        database.require_ready(new=True)
+    database.require_ready("this run")
+    for identity in (None, "another run"):
+        with pytest.raises(
+            UserError, match=r"storage postgresql://.*/postgres has a study 'taken' of another"
+        ):
+            database.require_ready(identity)
+    other = Study(space_of(), OBJECTIVES, "tpe", database=StudyDatabase(server, "taken", "another run"))
+    run(other, 1)
+    other.close()
+    assert "belongs to another run" in caplog.text
+    assert sorted(contents(server, "taken")) == [0, 1]
 
 
 def test_a_database_that_does_not_answer_is_one_sentence_without_its_password() -> None:
-    with pytest.raises(
-        UserError, match=r"storage postgresql://me:\*\*\*@127\.0\.0\.1:9/x cannot be used: "
-    ) as told:
-        StudyDatabase("postgresql://me:secret@127.0.0.1:9/x", "mine").require_ready(new=True)
+    with pytest.raises(UserError, match=r"storage postgresql://me@127\.0\.0\.1:9/x cannot be used: ") as told:
+        StudyDatabase("postgresql://me:secret@127.0.0.1:9/x", "mine").require_ready(None)
     assert "secret" not in str(told.value)
     assert "\n" not in str(told.value)
 
@@ -167,10 +171,10 @@ def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UserError, match=r"needs the Python package psycopg: pip install 'prunefront\[postgresql\]'"
     ):
-        StudyDatabase("postgresql://me@127.0.0.1:9/x", "mine").require_ready(new=True)
+        StudyDatabase("postgresql://me@127.0.0.1:9/x", "mine").require_ready(None)
 
 
 def test_a_file_needs_no_preparation(tmp_path: Path) -> None:
-    StudyDatabase(tmp_path / "study.db", "mine").require_ready(new=True)
+    StudyDatabase(tmp_path / "study.db", "mine").require_ready(None)
     assert not (tmp_path / "study.db").exists()
     assert without_password("nonsense") == "(no URL)"
