@@ -40,7 +40,10 @@ RunTrial = Callable[..., TrialResult]
 T = TypeVar("T")
 
 WATCH_SECONDS = 1.0
-"""Between two looks at whether the cluster lives, has grown or shrunk, and trials take too long."""
+"""Between two looks at whether the cluster has grown or shrunk, and trials take too long."""
+
+ALIVE_SECONDS = 0.2
+"""Between two looks at whether it lives: some time after its raylet has died, Ray ends this process."""
 
 
 def run_search(
@@ -221,15 +224,18 @@ class _Callback(tune.Callback):
     def __init__(self, driver: Driver, count_slots: Callable[[], int]) -> None:
         self._driver = driver
         self._count_slots = count_slots
-        self._looked = time.monotonic()
+        self._looked = self._felt = time.monotonic()
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        if time.monotonic() - self._looked > WATCH_SECONDS:
+        now = time.monotonic()
+        if now - self._felt > ALIVE_SECONDS:
+            self._felt = now
             if not cluster_lives():
                 raise _Stop
+        if now - self._looked > WATCH_SECONDS:
+            self._looked = now
             self._driver.resize(self._count_slots())  # nodes come and go
             self._driver.stop_overdue()
-            self._looked = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         actor = trial.temporary_state.ray_actor

@@ -24,6 +24,9 @@ from search.run_directory import RunDirectory
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("driver", "worker", "raylet", "gcs", "between")
+LOST = (75, 1)
+"""How a search may end whose Ray cluster was killed: by its own word, or by Ray's, which is none."""
+
 PATIENCE = 240.0  # seconds for one step of a search; a busy machine needs tens of them to start Ray
 
 EXPERIMENT = """
@@ -91,7 +94,7 @@ class KilledSearch:
             self._await(lambda: self._ended or self.finished >= before + after)
             if not self._ended:
                 break
-            self._require_code(75)  # lost to the kill before, as Ray's head may be; it goes on
+            self._require_code(*LOST)  # to the kill before; it goes on
         time.sleep(0.3 * random_source.random())
         victims = self._victims(kind)
         if not victims and not self._ended:  # workers are just being replaced
@@ -114,7 +117,7 @@ class KilledSearch:
             code = self._process.wait(PATIENCE)
             if code == 0:
                 return
-            self._require_code(75)
+            self._require_code(*LOST)
 
     def tail(self) -> str:
         """The kills, and the end of what was printed."""
@@ -126,6 +129,8 @@ class KilledSearch:
         code = self._process.wait(PATIENCE)
         self.log.append(f"ended with {code}")
         assert code in codes, self.tail()
+        # Threads of Ray's own may end with a traceback; the command may not.
+        assert "search/cli.py" not in (self.directory / "output").read_text(errors="replace"), self.tail()
 
     @property
     def _ended(self) -> bool:
@@ -162,7 +167,7 @@ class KilledSearch:
 
     def _victims(self, kind: str) -> list[int]:
         assert self._process is not None
-        names = {"worker": "ray::", "raylet": "raylet/raylet", "gcs": "gcs_server"}
+        names = {"worker": "ray::_Worker", "raylet": "raylet/raylet", "gcs": "gcs_server"}
         if kind == "driver":
             return [self._process.pid]
         return [
