@@ -80,7 +80,7 @@ def test_a_run_in_use_is_refused_and_left_alone(capsys: pytest.CaptureFixture[st
         ),
         (
             ["--name", "b", "--set", "agent.hidden=13", "--set", "storage=sqlite:///x"],
-            "storage is 'sqlite:///x'",
+            "storage is 'sqlite:…': it must be the URL",
         ),
     ],
 )
