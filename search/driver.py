@@ -23,7 +23,7 @@ from search.trial_types import Proposal, TrialResult, TrialSpec, timestamp
 logger = logging.getLogger(__name__)
 
 STILLBORN_LIMIT = 3
-"""So many workers that fail to start, with no trial completed, are the cluster's fault, not the trials'."""
+"""So many workers that fail to start, with none that does in between, and the search ends."""
 
 RESTART_LIMIT = 3
 """So many clusters lost, without any trial finished in between, and the search ends."""
@@ -120,15 +120,14 @@ class Driver:
             return None
         if self._again:
             spec = self._again.popleft()
-            self._running[trial_id] = (spec, timestamp())
-            return spec
-        number = self.numbers[self._asked]
-        try:
-            spec = self._make_spec(number, self._study.ask(number))
-        except Exception as error:
-            self.fatal = error
-            return None
-        self._asked += 1
+        else:
+            number = self.numbers[self._asked]
+            try:
+                spec = self._make_spec(number, self._study.ask(number))
+            except Exception as error:
+                self.fatal = error
+                return None
+            self._asked += 1
         self._running[trial_id] = (spec, timestamp())
         return spec
 
