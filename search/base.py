@@ -20,6 +20,7 @@ from components.size import parameter_count
 from components.tracker import ImportanceTracker
 from search.arrays import Arrays, to_arrays
 from search.determinism import deterministic
+from search.gpu_memory import peak_share
 from search.measurement import Split, decision_macs, performance_of
 
 Progress = Callable[[int, int, str], None]
@@ -56,6 +57,7 @@ class Base:
         performance: split -> the agent's performance measure; empty where the base is not trained.
         trivial: split -> the same measure for a trivial agent.
         training_seconds: wall time of the training; 0 where the base is not trained.
+        gpu_share: of its GPU's memory, what training and evaluation took at their peak; None without a GPU.
     """
 
     kind: str
@@ -73,6 +75,7 @@ class Base:
     performance: Mapping[str, float]
     trivial: Mapping[str, float]
     training_seconds: float
+    gpu_share: float | None = None
 
     @property
     def trained(self) -> bool:
@@ -120,7 +123,7 @@ def train_base(
     Raises:
         UserError: unknown kind, metric or option, or the trained agent is no better than a trivial one.
     """
-    with deterministic(seed, threads):
+    with deterministic(seed, threads), peak_share(device) as gpu_share:
         here = None if data is None else {name: tensor.to(device) for name, tensor in data.items()}
         agent = agent_class(kind)(options, None, here, device)
         graph = trace_agent(agent, agent.calibration_inputs(TRACE_ROWS, seed))
@@ -133,6 +136,7 @@ def train_base(
             performance={split: performance_of(agent, split) for split in SPLITS},
             training_seconds=seconds,
         )
+        base = replace(base, gpu_share=gpu_share())
     _require_better_than_trivial(base, agent)
     return base
 

@@ -72,6 +72,7 @@ def save_base(base: Base, directory: Path) -> None:
             "performance": dict(base.performance),
             "trivial": dict(base.trivial),
             "training_seconds": base.training_seconds,
+            **({} if base.gpu_share is None else {"gpu_share": base.gpu_share}),
             "environment": environment(),
         },
     )
@@ -108,6 +109,7 @@ def load_base(directory: Path) -> Base:
         performance=_by_split(metrics_file, metrics, "performance"),
         trivial=_by_split(metrics_file, metrics, "trivial"),
         training_seconds=number(metrics_file, metrics, "training_seconds"),
+        gpu_share=number(metrics_file, metrics, "gpu_share") if "gpu_share" in metrics else None,
     )
     _check_shapes(base, directory)
     return base

@@ -28,6 +28,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from search.driver import Driver, Proposer, SearchOutcome, describe
+from search.gpu_memory import release
 from search.interruption import Interruption
 from search.ray_connection import cluster_lives, connected, count_slots, quiet_ray, ray_environment, slots_of
 from search.rungs import Report, SteppedTrial
@@ -57,6 +58,7 @@ def run_search(
     observers: Sequence[Callable[[TrialResult], None]] = (),
     cpus: float = 1,
     gpus: float | None = 0,
+    least_gpus: float = 0.0,
     concurrency: int | None = None,
     address: str | None = None,
     code: Sequence[Path] = (),
@@ -88,6 +90,7 @@ def run_search(
         cpus: CPUs of a trial; torch gets as many threads (at least one).
         gpus: GPUs of a trial, possibly a fraction; None shares the GPUs that there are among the trials that
             the CPUs admit.
+        least_gpus: the share of a GPU that a trial's memory needs: None shares no further than that.
         concurrency: trials at once; None, or more than fit, for as many as fit.
         address: of a running cluster; None starts one on this machine, and stops it afterwards.
         code: directories of packages and single modules that are sent to the workers of such a cluster.
@@ -125,7 +128,7 @@ def run_search(
         while True:
             with connected(address, code):
                 interrupted.listen()
-                slots, share = slots_of(cpus, gpus)
+                slots, share = slots_of(cpus, gpus, least_gpus)
                 driver.resize(slots)
                 if driver.over:
                     break
@@ -282,6 +285,7 @@ class _Worker(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._trial.end()  # it may have been stopped at a rung
         self._trial = self._new_trial(new_config)
+        release(self._device)  # of the trial before, whose memory others may need meanwhile
         return True
 
     def cleanup(self) -> None:

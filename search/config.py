@@ -328,7 +328,9 @@ class ResourcesConfig(_Section):
 
     Attributes:
         cpus: > 0; a fraction shares a core.
-        gpus: >= 0, a fraction shares a GPU; `auto` shares the GPUs there are among the trials.
+        gpus: >= 0, a fraction shares a GPU; `auto` shares the GPUs there are among the trials, as far as
+            their memory goes, going by what training the base took of its own; for GPUs that are smaller
+            than that one, give a number.
     """
 
     cpus: float = Field(1, gt=0)

@@ -36,6 +36,7 @@ from search.driver import SearchOutcome
 from search.durable_files import write_text
 from search.front import Front
 from search.front_keeper import FrontKeeper
+from search.gpu_memory import trial_share
 from search.prepared_base import PreparedBase, prepare
 from search.run_directory import RunDirectory
 from search.scheduler import EarlyStopping
@@ -280,6 +281,7 @@ class ReadySearch:
                     observers=observers,
                     cpus=self.config.resources.cpus,
                     gpus=None if gpus == "auto" else gpus,
+                    least_gpus=trial_share(self.base.gpu_share),
                     concurrency=search.concurrency,
                     address=address,
                     early_stopping=stopping,

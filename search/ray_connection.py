@@ -45,8 +45,13 @@ _ENVIRONMENT = {
 _SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
 
 
-def slots_of(cpus: float, gpus: float | None) -> tuple[int, float]:
+def slots_of(cpus: float, gpus: float | None, least: float = 0.0) -> tuple[int, float]:
     """How many trials fit on the cluster at once, and the GPUs of each.
+
+    Args:
+        cpus: of a trial.
+        gpus: of a trial; None shares the GPUs there are among the trials that the CPUs admit.
+        least: the share that a trial's memory needs, below which None does not go.
 
     Raises:
         UserError: no node can hold one trial.
@@ -56,7 +61,7 @@ def slots_of(cpus: float, gpus: float | None) -> tuple[int, float]:
     if gpus is None:
         shares = [n / node["GPU"] for n, node in zip(by_cpu, nodes, strict=True) if node.get("GPU") and n]
         # Equal on every node with GPUs, so that trials do not depend on where they run.
-        gpus = 1 / math.ceil(max(shares)) if shares and max(shares) >= 1 else (1.0 if shares else 0.0)
+        gpus = max(1 / math.ceil(max(1.0, *shares)), least) if shares else 0.0
     slots = count_slots(cpus, gpus)
     if slots == 0:
         most_cpus = max((node.get("CPU", 0) for node in nodes), default=0)

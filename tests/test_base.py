@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -211,6 +212,15 @@ def test_every_json_key_is_checked(copy, name, value):
             with pytest.raises(CorruptFileError, match=name.replace(".", r"\.")) as caught:
                 load_base(copy)
             assert "\n" not in str(caught.value)
+
+
+def test_the_share_of_a_gpu_is_stored_where_there_was_one(base, tmp_path):
+    save_base(dataclasses.replace(base, gpu_share=0.125), tmp_path)
+    assert load_base(tmp_path).gpu_share == 0.125
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    (tmp_path / "metrics.json").write_text(json.dumps({**content, "gpu_share": "all"}))
+    with pytest.raises(CorruptFileError, match=r"metrics\.json"):
+        load_base(tmp_path)
 
 
 def test_a_tensor_of_the_wrong_shape_is_named(copy):

@@ -477,23 +477,25 @@ def test_an_address_where_no_cluster_answers_is_named(address: str, sentence: st
 
 
 @pytest.mark.parametrize(
-    ("nodes", "cpus", "gpus", "expected"),
+    ("nodes", "cpus", "gpus", "least", "expected"),
     [
-        ([{"CPU": 8.0}], 1, 0, (8, 0)),
-        ([{"CPU": 8.0}], 3, 0, (2, 0)),
-        ([{"CPU": 8.0}, {"CPU": 4.0}], 2, None, (6, 0.0)),
-        ([{"CPU": 16.0, "GPU": 2.0}], 1, None, (16, 1 / 8)),
-        ([{"CPU": 4.0, "GPU": 8.0}], 1, None, (4, 1.0)),
-        ([{"CPU": 16.0, "GPU": 1.0}, {"CPU": 2.0}], 1, 0.5, (2, 0.5)),
+        ([{"CPU": 8.0}], 1, 0, 0, (8, 0)),
+        ([{"CPU": 8.0}], 3, 0, 0.5, (2, 0)),
+        ([{"CPU": 8.0}, {"CPU": 4.0}], 2, None, 0.5, (6, 0.0)),
+        ([{"CPU": 16.0, "GPU": 2.0}], 1, None, 0, (16, 1 / 8)),
+        ([{"CPU": 16.0, "GPU": 2.0}], 1, None, 1 / 16, (16, 1 / 8)),
+        ([{"CPU": 16.0, "GPU": 2.0}], 1, None, 1 / 3, (6, 1 / 3)),
+        ([{"CPU": 4.0, "GPU": 8.0}], 1, None, 0, (4, 1.0)),
+        ([{"CPU": 16.0, "GPU": 1.0}, {"CPU": 2.0}], 1, 0.5, 1.0, (2, 0.5)),
     ],
 )
 def test_trials_per_cluster(
-    monkeypatch: pytest.MonkeyPatch, nodes: Any, cpus: Any, gpus: Any, expected: Any
+    monkeypatch: pytest.MonkeyPatch, nodes: Any, cpus: Any, gpus: Any, least: Any, expected: Any
 ) -> None:
     reported = [{"Alive": True, "Resources": node} for node in nodes]
     reported.append({"Alive": False, "Resources": {"CPU": 64.0}})
     monkeypatch.setattr(ray_connection.ray, "nodes", lambda: reported)
-    assert ray_connection.slots_of(cpus, gpus) == expected
+    assert ray_connection.slots_of(cpus, gpus, least) == expected
 
 
 def test_a_trial_larger_than_every_node_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
