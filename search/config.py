@@ -254,7 +254,8 @@ class EarlyStoppingConfig(_Section):
     """Early stopping of trials while they are fine-tuned, after MO-ASHA (arXiv 2106.12639).
 
     At every rung a trial is ranked by its size and its rung loss against all that have reached that rung, by
-    non-dominated sorting, and stopped unless it is among the best; never on the first or second front.
+    non-dominated sorting, and stopped unless it is among the best; never on the first front, and at the
+    first rung not on the second either.
 
     Attributes:
         rungs: how many, 1 to 20, at shares of the updates that grow by equal factors from `first` towards 1.

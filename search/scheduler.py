@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from agents.agent import Objective
     from search.trial_types import TrialResult
 
-SAFE_RANK = 1
-"""The worst non-dominated rank that is never stopped, counted from 0: the second front of a rung."""
+SAFE_RANKS = (1, 0)
+"""The worst non-dominated rank that is never stopped, counted from 0: at a trial's first rung its second
+front, as little is known there yet; at every later one its first."""
 
 SIZES = ("parameters", "macs")
 """Objectives that are known before fine-tuning."""
@@ -38,7 +39,7 @@ class MultiObjectiveHalving:
     the best ranks of non-dominated sorting and, of the rank at the cut, those with the most room around them
     (`pareto.crowding_distances`), ties included. Whatever these say, a trial goes on that
 
-    - is on the first or second front of the rung, or
+    - is on the first front of the rung or, at the first rung that it reaches, on the second, or
     - is not dominated there by any trial of the front of those that have finished. Until one has, none is
       stopped.
 
@@ -74,6 +75,7 @@ class MultiObjectiveHalving:
             raise ValueError(f"{len(self._logarithmic)} scales do not fit {len(self._directions)} objectives")
         self._rungs: dict[int, dict[int, tuple[float, ...]]] = {}  # rung -> trial -> objectives known there
         self._decisions: dict[tuple[int, int], bool] = {}  # (trial, rung) -> whether it goes on
+        self._judged: set[int] = set()  # trials that have been judged at a rung
         self._front: dict[int, tuple[float, ...]] = {}  # trials of the front of the finished -> outcome
 
     def report(self, trial: int, rung: int, values: Sequence[float]) -> bool:
@@ -92,6 +94,7 @@ class MultiObjectiveHalving:
         if (trial, rung) not in self._decisions:
             self.record(trial, rung, values)
             self._decisions[trial, rung] = self._goes_on(trial, rung)
+            self._judged.add(trial)
         return self._decisions[trial, rung]
 
     def record(self, trial: int, rung: int, values: Sequence[float]) -> None:
@@ -126,7 +129,7 @@ class MultiObjectiveHalving:
         place = list(reached).index(trial)
         values = np.array(list(reached.values()))  # (trials, objectives)
         rank = pareto.ranks(values, self._directions)
-        if rank[place] <= SAFE_RANK or self._is_open(trial, reached):
+        if rank[place] <= SAFE_RANKS[trial in self._judged] or self._is_open(trial, reached):
             return True
         peers = np.flatnonzero(rank == rank[place])
         room = pareto.crowding_distances(self._on_scale(values[peers]))

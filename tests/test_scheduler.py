@@ -166,6 +166,16 @@ def test_only_what_is_below_the_second_front_is_stopped() -> None:
     assert decisions(better_and_better, reduction=100) == [True] * 8
 
 
+def test_after_its_first_rung_a_trial_on_the_second_front_is_no_longer_safe() -> None:
+    halving = scheduler(reduction=100)
+    for trial, point in enumerate([(1.0, 1.0), (2.0, 2.0)]):
+        assert halving.report(trial, 10, point)
+    halving.finish(0, (1.0, 1.0))
+    assert halving.report(0, 20, (1.0, 1.0)), "the first front is"
+    assert not halving.report(1, 20, (2.0, 2.0))
+    assert halving.report(2, 20, (2.0, 1.5)), "for this one it is the first"
+
+
 def test_the_best_share_goes_on_whatever_its_rank() -> None:
     # Three fronts of one point, and one of three: the point in its middle has the least room there.
     points = [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0), (4.0, 9.0), (9.0, 4.0), (6.0, 6.0)]

@@ -10,6 +10,9 @@ size), as a share of what there is to be had.
   front, and its hypervolume, are known.
 - `autoencoder`: that experiment on validation data, as a share of 1; one base for each seed.
 
+A search of fewer trials is the beginning of a longer one, but for `nsga2`, whose population goes by the
+budget: the others are run once, with the largest. `seconds` are those that the proposals of it took.
+
 Intervals are 95 % (Student's t) over the seeds. `winner` names the best in the mean at each budget.
 """
 
@@ -19,6 +22,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -32,6 +36,12 @@ PROBLEMS = ("synthetic", "autoencoder")
 METRICS = ("l2", "fisher", "reconstruction")
 SMALLEST = 0.02
 GROUPS = 8
+
+BUDGETED = frozenset({"nsga2"})
+"""Samplers whose proposals depend on how many trials there are going to be."""
+
+Points = list[tuple[float, float]]
+"""Size ratio and retention of every trial, in order."""
 
 Measure = Callable[[Mapping[str, float], Mapping[str, float]], tuple[float, float]]
 """Kept shares by group and coefficients by metric -> size ratio and retention."""
@@ -64,31 +74,37 @@ def known_hypervolume() -> float:
 
 
 def run_seed(arguments: tuple[str, int, tuple[str, ...], tuple[int, ...]]) -> dict[tuple[str, int], float]:
-    """Hypervolume by sampler and budget, on one seed, in a process of its own with one thread."""
+    """Hypervolume by sampler and budget, on one seed, in a process of its own with one thread.
+
+    Under budget 0, the seconds of the proposals of the largest one.
+    """
     problem, seed, samplers, budgets = arguments
     import torch
 
     torch.set_num_threads(1)
     from search.determinism import deterministic
+    from search.pareto import hypervolume_log
 
-    found = {}
+    found: dict[tuple[str, int], float] = {}
+    share = known_hypervolume() if problem == "synthetic" else 1.0
     search = _synthetic_search if problem == "synthetic" else _autoencoder_search(seed)
     for sampler in samplers:
-        for budget in budgets:
-            with deterministic(seed, 1):
-                found[sampler, budget] = search(sampler, budget, seed)
-            print(
-                f"{problem} {seed}: {sampler} {budget}: {found[sampler, budget]:.3f}",
-                file=sys.stderr,
-                flush=True,
-            )
+        points: Points = []
+        for budget in sorted(budgets, reverse=True):
+            if not points or sampler in BUDGETED:
+                with deterministic(seed, 1):
+                    points, seconds = search(sampler, budget, seed)
+            found.setdefault((sampler, 0), seconds)
+            sizes, retentions = zip(*points[:budget], strict=True)
+            found[sampler, budget] = hypervolume_log(sizes, retentions) / share
+            words = f"{problem} {seed}: {sampler} {budget}: {found[sampler, budget]:.3f}"
+            print(words, file=sys.stderr, flush=True)
     return found
 
 
-def _synthetic_search(sampler: str, budget: int, seed: int) -> float:
+def _synthetic_search(sampler: str, budget: int, seed: int) -> tuple[Points, float]:
     from agents.agent import Objective
     from components.dependency import Group
-    from search.pareto import hypervolume_log
     from search.space import SearchSpace
     from search.study import Study
     from search.trial_types import TrialResult
@@ -97,24 +113,25 @@ def _synthetic_search(sampler: str, budget: int, seed: int) -> float:
     space = SearchSpace.build(groups, metrics=METRICS, max_ratio=1 - SMALLEST, trials=budget)
     objectives = (Objective("parameters", "minimize", "parameters"), Objective("score", "maximize", "points"))
     study = Study(space, objectives, sampler, seed, trials=budget)  # type: ignore[arg-type]
-    sizes, retentions = [], []
+    points: Points = []
+    seconds = 0.0
     for number in range(budget):
+        start = time.process_time()
         proposal = study.ask(number)
+        seconds += time.process_time() - start
         plan = proposal.plan
         shares = {group: 1 - ratio for group, ratio in plan.ratios.items()}
         size, retention = synthetic_measure(shares, plan.coefficients)  # type: ignore[arg-type]
-        sizes.append(size)
-        retentions.append(retention)
+        points.append((size, retention))
         measured = {"parameters": 1e6 * size, "score": retention}
         study.tell(TrialResult(number, "complete", plan, proposal.origin, seed=0, objectives=measured))
-    return hypervolume_log(sizes, retentions) / known_hypervolume()
+    return points, seconds
 
 
-def _autoencoder_search(seed: int) -> Callable[[str, int, int], float]:
+def _autoencoder_search(seed: int) -> Callable[[str, int, int], tuple[Points, float]]:
     from agents.agent import shared_ratios
     from search.base import train_base
     from search.config import load_experiment, resolve_objectives
-    from search.pareto import hypervolume_log
     from search.prepared_base import prepare
     from search.space import SearchSpace
     from search.study import Study
@@ -133,7 +150,7 @@ def _autoencoder_search(seed: int) -> Callable[[str, int, int], float]:
         fine_tune_updates=pruning.fine_tune.updates,
     )
 
-    def search(sampler: str, budget: int, seed: int) -> float:
+    def search(sampler: str, budget: int, seed: int) -> tuple[Points, float]:
         space = SearchSpace.build(
             dense.graph.groups,
             metrics=pruning.metrics,
@@ -142,15 +159,18 @@ def _autoencoder_search(seed: int) -> Callable[[str, int, int], float]:
             shared=shared_ratios(dense.agent),
         )
         study = Study(space, objectives, sampler, seed, trials=budget)  # type: ignore[arg-type]
-        results = []
+        points: Points = []
+        seconds = 0.0
         for number in range(budget):
+            start = time.process_time()
             proposal = study.ask(number)
+            seconds += time.process_time() - start
             spec = TrialSpec.of(number, proposal, trial_seed(seed, number), settings)
-            results.append(run_trial(spec, base))
-            study.tell(results[-1])
-        complete = [result for result in results if result.complete]
-        sizes = [result.size_ratio or 1.0 for result in complete]
-        return hypervolume_log(sizes, [result.retention or 0.0 for result in complete])
+            result = run_trial(spec, base)
+            # One that fails counts as a trial that found nothing.
+            points.append((result.size_ratio or 1.0, result.retention or 0.0))
+            study.tell(result)
+        return points, seconds
 
     return search
 
@@ -163,6 +183,9 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
         jobs = [(problem, seed, tuple(options.samplers), tuple(options.budgets)) for seed in seeds]
         with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
             by_seed = list(pool.map(run_seed, jobs))
+        found[f"{problem}_seconds"] = {
+            sampler: interval([volumes[sampler, 0] for volumes in by_seed]) for sampler in options.samplers
+        }
         for budget in options.budgets:
             by_sampler = {
                 sampler: interval([volumes[sampler, budget] for volumes in by_seed])
