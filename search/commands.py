@@ -39,12 +39,13 @@ def search(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train the base of an experiment and store it."""
-    from search.experiment import check
+    from search.checked_experiment import check
+    from search.experiment import train_only
     from search.progress import TrainingProgress
 
     checked = check(*load(options))
     with TrainingProgress("base", make_console()) as progress:
-        run, base = checked.train(progress)
+        run, base = train_only(checked, progress)
     run.release()
     print(base_line(base, checked.agent.performance.name))
     print(f"Stored in {run.base}; a search of the same experiment and name continues with it.")
@@ -105,7 +106,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def profile(options: argparse.Namespace) -> int:
     """Say what a search would do and what it would cost; see `search.profile`."""
-    from search.experiment import check
+    from search.checked_experiment import check
     from search.feasibility import require_reachable
     from search.outline import outline
     from search.profile import estimate

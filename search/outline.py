@@ -12,7 +12,7 @@ from agents.agent import Agent, agent_class, shared_ratios
 from components.dependency import DependencyGraph
 from components.size import component_macs, component_sizes
 from search.base import TRACE_ROWS, trace_agent
-from search.experiment import CheckedExperiment
+from search.checked_experiment import CheckedExperiment
 from search.feasibility import PossibleModel, possible_models
 
 

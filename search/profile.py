@@ -16,9 +16,9 @@ import numpy as np
 from components.errors import UserError
 from search.arrays import to_tensors
 from search.base import Base
+from search.checked_experiment import CheckedExperiment
 from search.cost import MeasuredTrials, SearchCost, predict, settings_of
 from search.determinism import deterministic
-from search.experiment import CheckedExperiment
 from search.feasibility import PossibleModel, require_reachable
 from search.measurement import performance_of
 from search.outline import Outline
@@ -239,15 +239,7 @@ def proposal_seconds(checked: CheckedExperiment) -> float:
     places, seconds = [0], [0.0]
     with deterministic(search.seed, threads=1):
         for place in sorted({total // 3, 2 * total // 3, total - 1} - {0}):
-            study = Study(
-                space,
-                checked.objectives,
-                search.sampler,
-                search.seed,
-                search.constraints,
-                trials=search.trials,
-                anchors=search.anchors,
-            )
+            study = checked.new_study()
             study.replay(results[:place])
             start = time.perf_counter()
             study.ask(place)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from search.checked_experiment import CheckedExperiment, check
 from search.config import ExperimentConfig
 from search.driver import SearchOutcome
-from search.experiment import CheckedExperiment, ReadySearch, check
+from search.experiment import ReadySearch, make_ready
+from search.feasibility import possible_models, require_reachable
 from search.front import Front
 from search.front_table import (
     base_line,
@@ -49,9 +51,12 @@ def run(
         UserError: the experiment cannot run, or no trial was completed.
     """
     checked = check(config, path, resume=resume)
+    if config.search.constraints:  # before a base is trained for nothing
+        smallest, _, largest = possible_models(config.agent.kind, checked.agent, checked.space)
+        require_reachable(config.search.constraints, smallest, largest, checked.agent.performance)
     console.print(plan_line(checked), soft_wrap=True, highlight=False)
     with TrainingProgress("base", console) as progress:
-        ready = checked.make_ready(progress)
+        ready = make_ready(checked, progress)
     try:
         return _run(ready, address, console)
     finally:
@@ -60,7 +65,7 @@ def run(
 
 def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
     """See `run`."""
-    config = ready.config
+    config = ready.checked.config
     for notice in ready.notices:
         console.print(f"Note: {notice}", soft_wrap=True, highlight=False, markup=False)
     if ready.base.trained:
@@ -173,7 +178,7 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
         console.print(hypervolume_line(front), highlight=False)
     else:
         console.print("The front is empty: no complete trial meets the constraints.", highlight=False)
-    stopped = early_stopping_line(results, ready.settings.fine_tune_updates)
+    stopped = early_stopping_line(results, ready.checked.config.pruning.fine_tune.updates)
     for line in (*filter(None, [stopped]), *failure_lines(results)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print()
@@ -185,8 +190,8 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
         console.print(f"{outcome.repeated} times a trial ran again whose worker was lost.", highlight=False)
     if outcome.out_of_time:
         console.print(
-            f"The time was up with {len(ready.numbers)} of {ready.config.search.trials} trials to go: "
-            "the same command with --resume goes on.",
+            f"The time was up with {len(ready.numbers)} of {ready.checked.config.search.trials} trials to "
+            "go: the same command with --resume goes on.",
             soft_wrap=True,
             highlight=False,
         )
@@ -204,7 +209,7 @@ def next_steps(ready: ReadySearch, front: Front, logger: WandbLogger) -> list[tu
     steps.append(("Front", str(run.front)))
     dashboard = Path(sys.executable).with_name("optuna-dashboard")
     if dashboard.exists() or shutil.which("optuna-dashboard"):
-        database = ready.config.without_secrets().storage or f"sqlite:///{run.study}"
+        database = ready.checked.config.without_secrets().storage or f"sqlite:///{run.study}"
         steps.append(("Optuna", f"{command_name('optuna-dashboard')} {database}"))
     if logger.mode == "online":
         steps.append(("W&B", f"online, and in {logger.directory}"))

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from search.checked_experiment import check
 from search.config import parse_experiment
 from search.driver import SearchOutcome
-from search.experiment import ReadySearch, check
+from search.experiment import ReadySearch
+from search.experiment import make_ready as make_experiment_ready
 from search.front import Front
 from search.rungs import SteppedTrial
 from search.scheduler import EarlyStopping
@@ -66,7 +68,7 @@ def run_with_stops(
 def make_ready(path: Path, *overrides: str, resume: bool = False) -> ReadySearch:
     """The search of `EXPERIMENT` with overrides, its base trained."""
     config = parse_experiment(EXPERIMENT, name=path.name, overrides=overrides)
-    return check(config, path, resume=resume).make_ready(lambda done, total, note: None)
+    return make_experiment_ready(check(config, path, resume=resume), lambda done, total, note: None)
 
 
 def finish(ready: ReadySearch) -> Front:

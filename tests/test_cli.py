@@ -219,7 +219,7 @@ def test_train_stores_a_base_that_a_search_of_the_same_experiment_continues(caps
     ]
     before = Path("runs/toy/base/model.safetensors").stat().st_mtime_ns
     ready, _ = search_serially(Path("runs/toy"), "search.trials=3")
-    assert ready.config.search.trials == 3
+    assert ready.checked.config.search.trials == 3
     assert "trials: 3" in Path("runs/toy/experiment.yaml").read_text()
     assert Path("runs/toy/base/model.safetensors").stat().st_mtime_ns == before
     code, _, _ = call(capsys, "train", "toy.yaml", "--name", "other")

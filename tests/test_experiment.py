@@ -9,8 +9,8 @@ from serial_search import EXPERIMENT, search_serially
 from toy_agents import INPUTS
 
 from components import UserError
+from search.checked_experiment import check
 from search.config import parse_experiment
-from search.experiment import check
 from search.space import OptionRange
 from search.verification import verify_bundle
 
@@ -80,7 +80,7 @@ def test_a_search_of_options(tmp_path):
     trials = {trial["trial"]: trial for trial in map(json.loads, ready.run.trials.read_text().splitlines())}
     assert {trial["status"] for trial in trials.values()} == {"complete"}
     anchors = [trial for trial in trials.values() if trial["origin"].startswith("anchor: ")]
-    assert len(anchors) == len(ready.space.anchors())
+    assert len(anchors) == len(ready.checked.space.anchors())
     assert {trial["options"]["passes"] for trial in anchors} == {2}  # three, clipped
     assert {trial["options"]["passes"] for trial in trials.values()} == {1, 2}
     for trial in trials.values():

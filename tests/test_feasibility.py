@@ -13,8 +13,8 @@ from serial_search import EXPERIMENT, make_ready
 from toy_agents import INPUTS, Toy
 
 from components.errors import UserError
+from search.checked_experiment import CheckedExperiment, check
 from search.config import Constraint, parse_experiment
-from search.experiment import CheckedExperiment, check
 from search.feasibility import PossibleModel, possible_models, require_reachable
 from search.measurement import decision_macs
 from search.trial import run_trial
@@ -55,7 +55,9 @@ def test_a_trial_with_the_plan_of_a_model_makes_it(tmp_path) -> None:
     ready = make_ready(tmp_path / "toy", "agent.hidden=20")
     experiment = checked("agent.hidden=20")
     for model in models_of(experiment):
-        spec = TrialSpec(0, model.plan(["l2", "fisher"]), "", 0, ready.settings, model.options)
+        spec = TrialSpec(
+            0, model.plan(["l2", "fisher"]), "", 0, ready.checked.trial_settings(), model.options
+        )
         result = run_trial(spec, ready.base)
         assert result.complete, result.reason
         assert dict(result.widths) == dict(model.widths)

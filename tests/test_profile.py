@@ -10,9 +10,9 @@ from serial_search import EXPERIMENT, search_serially
 from toy_agents import INPUTS
 
 from agents.agent import agent_class
+from search.checked_experiment import CheckedExperiment, check
 from search.cli import main
 from search.config import load_experiment, parse_experiment, shipped_experiments
-from search.experiment import CheckedExperiment, check
 from search.measurement import decision_macs
 from search.outline import Outline, outline
 from search.profile import proposal_seconds

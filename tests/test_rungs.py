@@ -16,9 +16,9 @@ from serial_search import make_ready, search_serially
 from components import UserError
 from components.mixing import PruningPlan
 from search.base import Base, train_base
+from search.checked_experiment import check
 from search.config import parse_experiment
 from search.determinism import deterministic
-from search.experiment import check
 from search.rungs import SteppedTrial
 from search.trial import run_trial
 from search.trial_types import TrialResult, TrialSettings, TrialSpec
@@ -283,7 +283,7 @@ def test_a_search_with_early_stopping_in_one_process(tmp_path) -> None:
     ready, front = search_serially(tmp_path / "toy", *overrides, "search.early_stopping={reduction: 4}")
     results = ready.run.read_trials()
     stopped = [result for result in results if result.stopped]
-    assert ready.settings.rungs == (6, 11, 18)
+    assert ready.checked.trial_settings().rungs == (6, 11, 18)
     assert len(stopped) >= 5
     assert {result.updates for result in stopped} <= {6, 11, 18}
     assert all(result.updates == 30 for result in results if result.complete)
@@ -324,4 +324,4 @@ search: {early_stopping: {}}
 
 
 def test_no_rungs_without_early_stopping(tmp_path) -> None:
-    assert make_ready(tmp_path / "toy", RANKED).settings.rungs == ()
+    assert make_ready(tmp_path / "toy", RANKED).checked.trial_settings().rungs == ()

@@ -13,9 +13,9 @@ from toy_environments import Point
 
 from agents.tdmpc.agent import TDMPC
 from search.bundle import load_bundle
+from search.checked_experiment import check
 from search.cli import main
 from search.config import load_experiment, shipped_experiments
-from search.experiment import check
 from search.verification import verify_bundle
 
 TESTS = Path(__file__).parent

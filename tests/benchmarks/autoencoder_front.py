@@ -40,35 +40,28 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
     import torch
 
     torch.set_num_threads(1)
-    from agents.agent import agent_class, shared_ratios
+    from agents.agent import agent_class
     from components.mixing import PruningPlan
     from search.arrays import to_tensors
     from search.base import train_base
-    from search.config import load_experiment, resolve_objectives
+    from search.checked_experiment import check
+    from search.config import load_experiment
     from search.determinism import deterministic
     from search.prepared_base import prepare
-    from search.space import SearchSpace
-    from search.study import Study
     from search.trial import run_trial
-    from search.trial_types import TrialResult, TrialSettings, TrialSpec, trial_seed
+    from search.trial_types import TrialResult, TrialSpec, trial_seed
 
-    config = load_experiment(experiment, [f"base.seed={seed}", f"search.seed={seed}", *overrides])
-    pruning = config.pruning
+    seeds = [f"base.seed={seed}", f"search.seed={seed}", f"search.trials={points}"]
+    config = load_experiment(experiment, [*seeds, *overrides])
+    checked = check(config, Path("nowhere"), may_exist=True)
+    settings, pruning = checked.trial_settings(), config.pruning
     metrics = tuple(dict.fromkeys([*pruning.metrics, "l2"]))
     kind = config.agent.kind
     base = train_base(
         kind, config.agent.options, seed=seed, metrics=metrics, reconstruction=pruning.reconstruction
     )
     dense = prepare(base)
-    performance = agent_class(kind).performance
-    objectives = resolve_objectives(config.search.objectives, config.search.constraints, performance)
-    settings = TrialSettings(
-        metrics=pruning.metrics,
-        objectives=tuple(objective.name for objective in objectives),
-        reconstruction=pruning.reconstruction,
-        fine_tune_method=pruning.fine_tune.method,
-        fine_tune_updates=pruning.fine_tune.updates,
-    )
+    performance = dense.agent.performance
 
     def point(result: TrialResult) -> Point | None:
         if not result.complete or result.state is None:
@@ -80,23 +73,12 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
         return Point(float(result.size_ratio), float(result.retention), base.retention(test, "test"))
 
     def prunefront() -> list[Point | None]:
-        space = SearchSpace.build(
-            dense.graph.groups,
-            metrics=pruning.metrics,
-            max_ratio=pruning.max_ratio,
-            coefficients=pruning.coefficients,
-            trials=points,
-            force=pruning.coefficients_force,
-            shared=shared_ratios(dense.agent),
-        )
-        study = Study(
-            space, objectives, config.search.sampler, seed, config.search.constraints, trials=points
-        )
+        study = checked.new_study()
         found = []
         for number in range(points):
             with deterministic(seed, 1):
                 proposal = study.ask(number)
-            result = run_trial(TrialSpec.of(number, proposal, trial_seed(seed, number), settings), base)
+            result = run_trial(checked.specify(number, proposal), base)
             study.tell(result)
             found.append(point(result))
         study.close()

@@ -17,8 +17,9 @@ with and without early stopping, one trial at a time in one process with one thr
 of test data (see `autoencoder_front.py`). The intended measurement is 64 trials over 5 seeds (cartpole: 3):
 a minute or two a seed for the autoencoder, a quarter of an hour for cartpole, on an idle core.
 
-Work is updates of fine-tuning, seconds are those of all trials, each as a share of those without early
-stopping. Intervals are 95 % (Student's t over the seeds; differences and shares are paired by seed).
+Work is updates of fine-tuning, seconds are the processor's of all trials, evaluation included, each as a
+share of those without early stopping. Intervals are 95 % (Student's t over the seeds; differences and shares
+are paired by seed).
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ import heapq
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from figures import run
@@ -40,6 +44,9 @@ from fronts import Point, hypervolumes, interval
 from search.config import EarlyStoppingConfig
 from search.pareto import SMALLEST_SIZE, front, hypervolume_log
 from search.scheduler import MultiObjectiveHalving
+
+if TYPE_CHECKING:
+    from search.checked_experiment import CheckedExperiment
 
 UPDATES = 300
 SCENARIOS = ("faithful", "crossing", "learning", "misleading")
@@ -152,70 +159,46 @@ def run_seed(arguments: tuple[str, int, int, EarlyStoppingConfig, tuple[str, ...
     import torch
 
     torch.set_num_threads(1)
-    from dataclasses import replace
-
-    from agents.agent import agent_class, shared_ratios
     from search.arrays import to_tensors
-    from search.base import train_base
-    from search.config import load_experiment, resolve_objectives
+    from search.checked_experiment import check
+    from search.config import load_experiment
     from search.determinism import deterministic
     from search.prepared_base import prepare
     from search.rungs import SteppedTrial
-    from search.scheduler import EarlyStopping
-    from search.space import SearchSpace
-    from search.study import Study
     from search.trial import run_trial
-    from search.trial_types import TrialResult, TrialSettings, TrialSpec, trial_seed
+    from search.trial_types import TrialResult
 
-    config = load_experiment(experiment, [f"base.seed={seed}", f"search.seed={seed}", *overrides])
-    pruning, kind = config.pruning, config.agent.kind
-    base = train_base(
-        kind,
-        config.agent.options,
-        seed=seed,
-        metrics=pruning.metrics,
-        reconstruction=pruning.reconstruction,
+    settings = [f"base.seed={seed}", f"search.seed={seed}", f"search.trials={trials}", *overrides]
+    stops = [f"search.early_stopping.{name}={value}" for name, value in rule.model_dump().items()]
+    plain, stopping_early = (
+        check(load_experiment(experiment, [*settings, *more]), Path("nowhere"), may_exist=True)
+        for more in ([], stops)
     )
+    base = plain.train_base()
     dense = prepare(base)
-    performance = agent_class(kind).performance
-    objectives = resolve_objectives(config.search.objectives, config.search.constraints, performance)
-    settings = TrialSettings(
-        metrics=pruning.metrics,
-        objectives=tuple(objective.name for objective in objectives),
-        reconstruction=pruning.reconstruction,
-        fine_tune_method=pruning.fine_tune.method,
-        fine_tune_updates=pruning.fine_tune.updates,
-    )
-    space = SearchSpace.build(
-        dense.graph.groups,
-        metrics=pruning.metrics,
-        max_ratio=pruning.max_ratio,
-        coefficients=pruning.coefficients,
-        trials=trials,
-        force=pruning.coefficients_force,
-        shared=shared_ratios(dense.agent),
-    )
+    performance = dense.agent.performance
 
-    def search(stopping: EarlyStopping | None) -> list[TrialResult]:
-        rungs = rule.rungs_of(pruning.fine_tune.updates) if stopping else ()
-        chosen = replace(settings, rungs=rungs)
-        study = Study(space, objectives, config.search.sampler, seed, trials=trials)
+    def search(checked: CheckedExperiment) -> tuple[list[TrialResult], float]:
+        stopping, study = checked.new_early_stopping(), checked.new_study()
         results = []
+        seconds = 0.0
         for number in range(trials):
             with deterministic(seed, 1):
                 proposal = study.ask(number)
-            spec = TrialSpec.of(number, proposal, trial_seed(seed, number), chosen)
+            spec = checked.specify(number, proposal)
+            start = time.process_time()
             trial = SteppedTrial(lambda report, spec=spec: run_trial(spec, base, "cpu", report))
             result = trial.step()
             while not trial.over and stopping is not None and stopping.goes_on(result):
                 result = trial.step()
             trial.end()
+            seconds += time.process_time() - start
             if stopping is not None:
                 stopping.finish(result)
             study.tell(result)
             results.append(result)
         study.close()
-        return results
+        return results, seconds
 
     def volume(results: list[TrialResult]) -> float:
         """Of the trials that validate best at some size; only those need be tested."""
@@ -231,17 +214,16 @@ def run_seed(arguments: tuple[str, int, int, EarlyStoppingConfig, tuple[str, ...
             points.append(Point(result.size_ratio, result.retention, base.retention(test, "test")))
         return hypervolumes(points)["log"]
 
-    without, with_stopping = search(None), search(EarlyStopping(objectives, rule.reduction))
-    seconds = [sum(sum(r.timings.values()) for r in results) for results in (without, with_stopping)]
+    (without, seconds_without), (with_stopping, seconds_with) = search(plain), search(stopping_early)
     updates = [sum(result.updates for result in results) for results in (without, with_stopping)]
     found = {
         "hypervolume_without": volume(without),
         "hypervolume_with": volume(with_stopping),
-        "share_of_seconds": seconds[1] / seconds[0],
+        "share_of_seconds": seconds_with / seconds_without,
         "share_of_work": updates[1] / updates[0],
         "share_of_trials_stopped": sum(result.stopped for result in with_stopping) / trials,
-        "seconds_without": seconds[0],
-        "seconds_with": seconds[1],
+        "seconds_without": seconds_without,
+        "seconds_with": seconds_with,
     }
     found["difference"] = found["hypervolume_with"] - found["hypervolume_without"]
     print(f"seed {seed}: {found}", file=sys.stderr, flush=True)

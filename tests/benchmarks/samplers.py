@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 from figures import run
@@ -129,44 +130,26 @@ def _synthetic_search(sampler: str, budget: int, seed: int) -> tuple[Points, flo
 
 
 def _autoencoder_search(seed: int) -> Callable[[str, int, int], tuple[Points, float]]:
-    from agents.agent import shared_ratios
-    from search.base import train_base
-    from search.config import load_experiment, resolve_objectives
-    from search.prepared_base import prepare
-    from search.space import SearchSpace
-    from search.study import Study
+    from search.checked_experiment import CheckedExperiment, check
+    from search.config import load_experiment
     from search.trial import run_trial
-    from search.trial_types import TrialSettings, TrialSpec, trial_seed
 
-    config = load_experiment("autoencoder", [f"base.seed={seed}"])
-    pruning = config.pruning
-    base = train_base("autoencoder", config.agent.options, seed=seed, metrics=pruning.metrics)
-    dense = prepare(base)
-    objectives = resolve_objectives(config.search.objectives, (), dense.agent.performance)
-    settings = TrialSettings(
-        metrics=pruning.metrics,
-        objectives=tuple(objective.name for objective in objectives),
-        reconstruction=pruning.reconstruction,
-        fine_tune_updates=pruning.fine_tune.updates,
-    )
+    def experiment(*overrides: str) -> CheckedExperiment:
+        config = load_experiment("autoencoder", [f"base.seed={seed}", f"search.seed={seed}", *overrides])
+        return check(config, Path("nowhere"), may_exist=True)
+
+    base = experiment().train_base()
 
     def search(sampler: str, budget: int, seed: int) -> tuple[Points, float]:
-        space = SearchSpace.build(
-            dense.graph.groups,
-            metrics=pruning.metrics,
-            max_ratio=pruning.max_ratio,
-            trials=budget,
-            shared=shared_ratios(dense.agent),
-        )
-        study = Study(space, objectives, sampler, seed, trials=budget)  # type: ignore[arg-type]
+        checked = experiment(f"search.sampler={sampler}", f"search.trials={budget}")
+        study = checked.new_study()
         points: Points = []
         seconds = 0.0
         for number in range(budget):
             start = time.process_time()
             proposal = study.ask(number)
             seconds += time.process_time() - start
-            spec = TrialSpec.of(number, proposal, trial_seed(seed, number), settings)
-            result = run_trial(spec, base)
+            result = run_trial(checked.specify(number, proposal), base)
             # One that fails counts as a trial that found nothing.
             points.append((result.size_ratio or 1.0, result.retention or 0.0))
             study.tell(result)

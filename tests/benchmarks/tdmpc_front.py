@@ -48,7 +48,6 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
     import torch
 
     torch.set_num_threads(1)
-    from agents.agent import shared_ratios
     from agents.tdmpc.agent import TDMPC
     from agents.tdmpc.episodes import Returns, episode_seeds
     from components.mixing import PruningPlan
@@ -56,15 +55,15 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
     from search.arrays import to_tensors
     from search.base import train_base
     from search.base_files import load_base, save_base
-    from search.config import load_experiment, resolve_objectives
+    from search.checked_experiment import check
+    from search.config import load_experiment
     from search.determinism import deterministic
     from search.prepared_base import prepare
-    from search.space import SearchSpace
-    from search.study import Study
     from search.trial import run_trial
-    from search.trial_types import TrialResult, TrialSettings, TrialSpec, trial_seed
+    from search.trial_types import TrialResult, TrialSpec, trial_seed
 
-    config = load_experiment(experiment, [f"base.seed={seed}", f"search.seed={seed}", *overrides])
+    seeds = [f"base.seed={seed}", f"search.seed={seed}", f"search.trials={points}"]
+    config = load_experiment(experiment, [*seeds, *overrides])
     pruning = config.pruning
     place = into / f"{config.name}_{seed}"
     assert not config.search.options, "an experiment that searches options is not supported here"
@@ -81,14 +80,8 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
     dense = prepare(base)
     assert isinstance(dense.agent, TDMPC)
     teacher = dense.agent
-    objectives = resolve_objectives(config.search.objectives, config.search.constraints, TDMPC.performance)
-    settings = TrialSettings(
-        metrics=pruning.metrics,
-        objectives=tuple(objective.name for objective in objectives),
-        reconstruction=pruning.reconstruction,
-        fine_tune_method=pruning.fine_tune.method,
-        fine_tune_updates=pruning.fine_tune.updates,
-    )
+    checked = check(config, place, may_exist=True)
+    settings = checked.trial_settings()
 
     def retained(returns: Mapping[str, float]) -> tuple[float, float]:
         return base.retention(returns["validation"]), base.retention(returns["test"], "test")
@@ -120,21 +113,12 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
     alone: list[Point] = []
 
     def prunefront() -> list[Point]:
-        space = SearchSpace.build(
-            dense.graph.groups,
-            metrics=pruning.metrics,
-            max_ratio=pruning.max_ratio,
-            trials=points,
-            shared=shared_ratios(teacher),
-        )
-        study = Study(
-            space, objectives, config.search.sampler, seed, config.search.constraints, trials=points
-        )
+        study = checked.new_study()
         found = []
         for number in range(points):
             with deterministic(seed, 1):
                 proposal = study.ask(number)
-            spec = TrialSpec.of(number, proposal, trial_seed(seed, number), settings)
+            spec = checked.specify(number, proposal)
             result = run_trial(spec, base)
             study.tell(result)
             if not result.complete:

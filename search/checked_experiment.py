@@ -1,0 +1,310 @@
+"""An experiment in which nothing is wrong, and what follows from it before any work has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from agents.agent import Agent, Objective, agent_class, rung_methods, searchable_options, shared_ratios
+from components import UserError
+from components.errors import nearest
+from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
+from search.base_files import load_base
+from search.config import ExperimentConfig, changes, parse_experiment, resolve_objectives
+from search.config_errors import shown
+from search.run_directory import RunDirectory
+from search.scheduler import EarlyStopping
+from search.space import OptionRange, SearchSpace
+from search.study import Study
+from search.study_database import StudyDatabase
+from search.trial_types import Proposal, TrialResult, TrialSettings, TrialSpec, trial_seed
+
+
+@dataclass(frozen=True)
+class CheckedExperiment:
+    """An experiment in which nothing is wrong that can be seen before the work begins; made by `check`.
+
+    Attributes:
+        config: the experiment.
+        path: of the run directory, which may not exist yet.
+        agent: the untrained, unpruned agent.
+        objectives: with directions and units.
+        space: what is searched.
+        resume: whether to go on with what is in the run directory.
+        earlier: trials of another search, from which the sampler learns.
+    """
+
+    config: ExperimentConfig
+    path: Path
+    agent: Agent
+    objectives: tuple[Objective, ...]
+    space: SearchSpace
+    resume: bool = False
+    earlier: tuple[TrialResult, ...] = ()
+
+    def database(self) -> StudyDatabase:
+        """Where the Optuna study is written."""
+        return StudyDatabase(self.config.storage or RunDirectory(self.path).study, self.path.name)
+
+    def new_study(self, database: StudyDatabase | None = None) -> Study:
+        """The study of the search, with nothing told yet.
+
+        Args:
+            database: where it is written; None writes it nowhere.
+        """
+        search = self.config.search
+        return Study(
+            self.space,
+            self.objectives,
+            search.sampler,
+            search.seed,
+            search.constraints,
+            database,
+            trials=search.trials,
+            anchors=search.anchors,
+        )
+
+    def new_early_stopping(self) -> EarlyStopping | None:
+        """What stops trials of the search early, with nothing learnt yet; None where none are."""
+        rule = self.config.search.early_stopping
+        return None if rule is None else EarlyStopping(self.objectives, rule.reduction)
+
+    def trial_settings(self) -> TrialSettings:
+        """What all trials of the search share."""
+        pruning, early_stopping = self.config.pruning, self.config.search.early_stopping
+        return TrialSettings(
+            metrics=pruning.metrics,
+            objectives=tuple(objective.name for objective in self.objectives),
+            reconstruction=pruning.reconstruction,
+            fine_tune_method=pruning.fine_tune.method,
+            fine_tune_updates=pruning.fine_tune.updates,
+            rungs=early_stopping.rungs_of(pruning.fine_tune.updates) if early_stopping else (),
+            base_mode=self.config.base.mode,
+            threads=self.threads,
+        )
+
+    def specify(self, number: int, proposal: Proposal) -> TrialSpec:
+        """The specification of one trial."""
+        return TrialSpec.of(
+            number, proposal, trial_seed(self.config.search.seed, number), self.trial_settings()
+        )
+
+    def train_base(self, progress: Progress = lambda done, total, note: None) -> Base:
+        """Train the base; nothing is written.
+
+        Raises:
+            UserError: the trained agent is no better than a trivial one.
+        """
+        return train_base(
+            self.config.agent.kind,
+            self.agent.options,
+            seed=self.config.base.seed,
+            metrics=self.config.pruning.metrics,
+            reconstruction=self.config.pruning.reconstruction,
+            data=self.agent.data(),
+            device=self.device,
+            threads=self.threads,
+            progress=progress,
+        )
+
+    def untrained_base(self) -> Base:
+        """The base of a search whose trials train bases of their own."""
+        return untrained_base(
+            self.config.agent.kind,
+            self.agent.options,
+            seed=self.config.base.seed,
+            data=self.agent.data(),
+        )
+
+    def stored_base(self) -> Base | None:
+        """The base in the run directory, if it is what the experiment asks for; None otherwise.
+
+        Raises:
+            CorruptFileError: a file of it is damaged.
+        """
+        return load_base(RunDirectory(self.path).base) if _holds_base(self.path, self.config) else None
+
+    @property
+    def holds_base_only(self) -> bool:
+        """Whether the run directory holds the base that the experiment asks for, and no trials."""
+        return _holds_base_only(self.path, self.config)
+
+    @property
+    def device(self) -> str:
+        """Where the base is trained: on the GPU if there is one and trials may use it."""
+        return "cuda" if self.config.resources.gpus != 0 and torch.cuda.is_available() else "cpu"
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a trial, and of the training of the base."""
+        return _threads(self.config)
+
+
+def check(
+    config: ExperimentConfig, path: Path, *, resume: bool = False, may_exist: bool = False
+) -> CheckedExperiment:
+    """Everything that can be checked before the work begins; nothing is written.
+
+    Args:
+        config: the experiment.
+        path: of the run directory.
+        resume: go on with what is there; it has to be the same search, but for its budget and resources.
+        may_exist: a run directory that is in use is no fault, as nothing will be written to it.
+
+    Raises:
+        UserError: an unknown agent, option, fine-tuning method or objective, an option that cannot be
+            searched, early stopping of an agent without a rung loss, nothing to prune, a budget too small for
+            the space, a run directory that is in use, or one that is to be resumed and is of another search.
+    """
+    kind = config.agent.kind
+    agent = agent_class(kind)(config.agent.options)
+    method = config.pruning.fine_tune.method
+    if method is not None and method not in agent.fine_tune_methods:
+        known = nearest(method, agent.fine_tune_methods)
+        raise UserError(f"pruning.fine_tune.method is {method!r}, which {kind} does not have: {known}")
+    ranked = rung_methods(agent)
+    if config.search.early_stopping is not None and (method or agent.fine_tune_methods[0]) not in ranked:
+        instead = f"one of {', '.join(ranked)}, or " if ranked else ""
+        raise UserError(
+            f"search.early_stopping ranks trials by a rung loss, which {kind} does not have when it is "
+            f"fine-tuned by {method or agent.fine_tune_methods[0]!r}: choose {instead}null"
+        )
+    objectives = resolve_objectives(config.search.objectives, config.search.constraints, agent.performance)
+    if resume:
+        _require_same_search(path, config)
+    elif path.exists() and not may_exist and not _holds_base_only(path, config):
+        raise RunDirectory.in_use(path)
+    graph = trace_agent(agent, agent.calibration_inputs(TRACE_ROWS, config.base.seed))
+    space = SearchSpace.build(
+        graph.groups,
+        metrics=config.pruning.metrics,
+        max_ratio=config.pruning.max_ratio,
+        coefficients=config.pruning.coefficients,
+        trials=config.search.trials,
+        force=config.pruning.coefficients_force,
+        shared=shared_ratios(agent),
+        options=_option_ranges(config, agent),
+    )
+    earlier = _earlier_trials(config, path, space, objectives, resume=resume)
+    return CheckedExperiment(config, path, agent, objectives, space, resume, earlier)
+
+
+def _earlier_trials(
+    config: ExperimentConfig,
+    path: Path,
+    space: SearchSpace,
+    objectives: Sequence[Objective],
+    *,
+    resume: bool,
+) -> tuple[TrialResult, ...]:
+    """The trials of `search.warm_start`, if it names a run; in a resumed search those that it began with.
+
+    Raises:
+        UserError: there is no such run, or this search can learn nothing from it.
+    """
+    wish = config.search.warm_start
+    if wish is None:
+        return ()
+    if resume:
+        return tuple(RunDirectory(path).read_warm_start())
+    place = Path(wish) if Path(wish).is_dir() else path.parent / wish
+    try:
+        results = tuple(RunDirectory.open(place).read_trials())
+        Study(space, objectives, "random", constraints=config.search.constraints).warm_start(results)
+    except UserError as error:
+        raise UserError(f"search.warm_start is {wish!r}: {error}") from None
+    if not any(result.complete for result in results):
+        raise UserError(f"search.warm_start is {wish!r}: no trial of it was completed")
+    return results
+
+
+FREE_KEYS = (
+    "search.trials",
+    "search.sampler",
+    "search.seed",
+    "search.concurrency",
+    "search.early_stopping",
+    "search.hours",
+    "search.trial_timeout",
+    "search.retries",
+    "resources.",
+    "wandb.",
+    "storage",
+)
+"""What may change when a search goes on: its trials stay comparable with those that have finished."""
+
+
+def _require_same_search(path: Path, config: ExperimentConfig) -> None:
+    """Refuse to go on with a search by other rules, naming every difference.
+
+    Raises:
+        UserError: there is nothing to go on with, or it is another search.
+    """
+    run = RunDirectory.open(path)
+    before = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))
+    different = [
+        f"{key} was {shown(old)} and is now {shown(new)}"
+        for key, (old, new) in changes(before, config).items()
+        if not key.startswith(FREE_KEYS)
+    ]
+    if different:
+        raise UserError(
+            f"{path} cannot be resumed as another search: {'; '.join(different)}: take that back, or start a "
+            "search of its own with --name"
+        )
+
+
+def _option_ranges(config: ExperimentConfig, agent: Agent) -> dict[str, OptionRange]:
+    """The options to search, with what the agent itself has.
+
+    Raises:
+        UserError: not one of the agent's searchable options, or a bound that the agent does not take.
+    """
+    kind, known = config.agent.kind, searchable_options(agent)
+    ranges = {}
+    for bounds in config.search.options:
+        key = f"search.options.{bounds.name}"
+        if not known:
+            raise UserError(f"{key} cannot be searched: {kind} has no options for a search to choose")
+        if bounds.name not in known:
+            raise UserError(f"{key} is no option of {kind} to search: {nearest(bounds.name, known)}")
+        own = agent.options.get(bounds.name)
+        if type(own) is not int:
+            raise UserError(f"{key} cannot be searched: {kind} has {own!r} there, no whole number")
+        for bound in (bounds.low, bounds.high):
+            try:
+                agent_class(kind)({**agent.options, bounds.name: bound})
+            except UserError as error:
+                raise UserError(f"{key} may not become {bound}: {error}") from None
+        ranges[bounds.name] = OptionRange(bounds.low, bounds.high, own)
+    return ranges
+
+
+def _holds_base_only(path: Path, config: ExperimentConfig) -> bool:
+    """Whether `prunefront train` made this directory, and what it trained is what the experiment asks for."""
+    return not RunDirectory(path).trials.exists() and _holds_base(path, config)
+
+
+def _holds_base(path: Path, config: ExperimentConfig) -> bool:
+    """Whether a run directory has the base that the experiment asks for."""
+    run = RunDirectory(path)
+    if not (run.base / "metrics.json").is_file() or not run.experiment.is_file():
+        return False
+    try:
+        before = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))
+    except (UserError, UnicodeDecodeError):
+        return False
+    return _base_settings(before) == _base_settings(config)
+
+
+def _base_settings(config: ExperimentConfig) -> tuple[object, ...]:
+    """Everything that a base depends on."""
+    needs_grams = config.pruning.reconstruction == "gram"
+    return (config.agent, config.base, config.pruning.metrics, needs_grams, _threads(config))
+
+
+def _threads(config: ExperimentConfig) -> int:
+    return max(1, int(config.resources.cpus))
