@@ -1,4 +1,4 @@
-"""Trials on a Ray cluster: with `ray_connection`, the only place that knows Ray.
+"""Trials on a Ray cluster: with `ray_connection` and `tune_repairs`, the only place that knows Ray.
 
 The driver asks the study for plans and writes everything down; workers get a `TrialSpec` and give back a
 `TrialResult`. Each worker is one Ray Tune actor that is reused from trial to trial, so that a trial does not
@@ -14,15 +14,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
 from ray import tune
-from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -34,6 +33,7 @@ from search.ray_connection import cluster_lives, connected, count_slots, quiet_r
 from search.rungs import Report, SteppedTrial
 from search.scheduler import EarlyStopping
 from search.trial_types import Proposal, TrialResult, TrialSpec
+from search.tune_repairs import repaired_tune
 
 RunTrial = Callable[..., TrialResult]
 """Called with specification, base and device, and a `Report` where the specification has rungs."""
@@ -158,7 +158,7 @@ def run_search(
 
 def _tune(trainable: Any, driver: Driver, count_slots: Callable[[], int], scratch: str) -> None:
     """Run trials until there are no more, or `_Stop` is raised."""
-    with _unhurried_actors():
+    with repaired_tune():
         tune.run(
             trainable,
             name="search",
@@ -329,26 +329,3 @@ class _Parcel(Generic[T]):
 
 def _trial_name(trial: Trial) -> str:
     return f"trial-{trial.trial_id}"
-
-
-@contextmanager
-def _unhurried_actors() -> Iterator[None]:
-    """Let workers finish starting.
-
-    Tune gives a trial whose own worker is still starting the first other one that becomes free, and ends the
-    one that starts. Where a trial is over before a worker has started, which imports torch, no second worker
-    would ever come to life: not on a node that has joined, nor after one was lost.
-    """
-    original = TuneController._maybe_reuse_cached_actor
-
-    def reuse(self: TuneController, trial: Trial) -> bool:
-        own = self._trial_to_actor.get(trial)
-        # One that waits for room waits for ever, where the free one holds it.
-        has_room = own is not None and self._actor_manager.is_actor_started(own)
-        return False if has_room and trial not in self._resetting_trials else original(self, trial)
-
-    TuneController._maybe_reuse_cached_actor = reuse  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        TuneController._maybe_reuse_cached_actor = original  # type: ignore[method-assign]

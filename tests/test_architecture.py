@@ -114,7 +114,7 @@ def test_agents_know_components_by_their_types_only() -> None:
 @pytest.mark.parametrize(
     ("distribution", "user"),
     [
-        ("ray", {"search.cluster", "search.ray_connection"}),
+        ("ray", {"search.cluster", "search.ray_connection", "search.tune_repairs"}),
         ("optuna", {"search.study", "search.study_database"}),
         ("greenlet", "search.rungs"),
         ("wandb", "search.wandb_runs"),
@@ -140,10 +140,24 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
 @pytest.mark.parametrize(
     ("importer", "allowed"),
     [
-        ("cluster", {"driver", "interruption", "ray_connection", "rungs", "scheduler", "trial_types"}),
+        (
+            "cluster",
+            {
+                "driver",
+                "gpu_memory",
+                "interruption",
+                "ray_connection",
+                "rungs",
+                "scheduler",
+                "trial_types",
+                "tune_repairs",
+            },
+        ),
         ("driver", {"interruption", "scheduler", "trial_types"}),
         ("interruption", set()),
         ("ray_connection", {"driver"}),
+        ("tune_repairs", set()),
+        ("gpu_memory", set()),
         ("history", {"pareto"}),
         ("study", {"study_database", "space", "history", "estimates", "pareto", "trial_types", "config"}),
         ("study_database", {"pareto"}),
