@@ -59,7 +59,7 @@ class CheckedExperiment:
         return Study(
             self.space,
             self.objectives,
-            search.sampler,
+            search.chosen_sampler,
             search.seed,
             search.constraints,
             database,

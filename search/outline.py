@@ -83,7 +83,7 @@ def outline(checked: CheckedExperiment) -> Outline:
         experiment=config.name,
         kind=config.agent.kind,
         trials=config.search.trials,
-        sampler=config.search.sampler,
+        sampler=config.search.chosen_sampler,
         dimensions=len(space.dimensions),
         components=_components(config.agent.kind, agent, graph),
         groups=_groups(agent, graph, models[0]),

@@ -109,7 +109,7 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
             "longer than they need be, several trials at a time take longer than predicted while it is, and "
             "trials with several threads, which suffer most, were not measured."
         )
-    say(f"measuring how fast {config.search.sampler} proposes")
+    say(f"measuring how fast {config.search.chosen_sampler} proposes")
     propose = proposal_seconds(checked)
     costs: tuple[SearchCost, ...] = ()
     if measured is not None:

@@ -151,7 +151,7 @@ def plan_line(checked: CheckedExperiment) -> str:
     metrics = ", ".join(config.pruning.metrics)
     return (
         f"{config.name}: train {base} ({config.agent.kind}); prune it in {config.search.trials} ways, which "
-        f"{config.search.sampler} proposes in {len(checked.space.dimensions)} dimensions "
+        f"{config.search.chosen_sampler} proposes in {len(checked.space.dimensions)} dimensions "
         f"({len(checked.space.keeps)} groups to cut, scored by {metrics}){options}; "
         f"repair and measure each; keep the front of {objectives}. Everything goes to {checked.path}."
     )

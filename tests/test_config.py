@@ -50,7 +50,7 @@ def test_only_the_kind_of_agent_is_required() -> None:
     assert config.agent.kind == "autoencoder"
     assert config.agent.options == {}
     assert config.pruning.metrics == ("l2", "fisher", "reconstruction")
-    assert (config.search.trials, config.search.sampler, config.search.objectives) == (64, "tpe", None)
+    assert (config.search.trials, config.search.sampler, config.search.objectives) == (64, "auto", None)
     assert (config.base.mode, config.pruning.coefficients, config.resources.gpus) == (
         "shared",
         "shared",
@@ -225,9 +225,9 @@ def test_faults_of_an_override_name_the_override() -> None:
         ("search.anchors=1", "search.anchors is 1: it must be true or false"),
         (
             "search.sampler=tp",
-            "search.sampler is 'tp': did you mean 'tpe'? allowed: gp, nsga2, qmc, random, tpe",
+            "search.sampler is 'tp': did you mean 'tpe'? allowed: auto, gp, nsga2, qmc, random, tpe",
         ),
-        ("search.sampler=3", "search.sampler is 3: allowed: gp, nsga2, qmc, random, tpe"),
+        ("search.sampler=3", "search.sampler is 3: allowed: auto, gp, nsga2, qmc, random, tpe"),
         (
             "search.objectives=parameters",
             "search.objectives is 'parameters': it must be a list, not empty, or null",
