@@ -185,7 +185,7 @@ def connected(address: str | None, code: Sequence[Path] = ()) -> Iterator[None]:
             # Never a bare init(): a stale file of an earlier cluster would make that hang.
             ray.init(address="local", include_dashboard=False, configure_logging=False, log_to_driver=False)
     else:
-        _require_answer(address)
+        require_answer(address)
         try:
             with _environment({"RAY_gcs_server_port_wait_time_s": "1"}):  # one attempt, not twenty
                 ray.init(
@@ -237,8 +237,12 @@ def _import_path() -> str:
     return os.pathsep.join(path for path in paths if not path.startswith(installed))
 
 
-def _require_answer(address: str) -> None:
-    """Ask for an address that can be right, before Ray tries it for minutes."""
+def require_answer(address: str) -> None:
+    """Ask for an address that can be right, before Ray tries it for minutes.
+
+    Raises:
+        UserError: it cannot be right, or nothing listens there.
+    """
     if address == "auto":
         return
     if address.startswith("ray://"):

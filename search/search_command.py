@@ -25,6 +25,7 @@ from search.front_table import (
 )
 from search.paste import command_name
 from search.progress import SearchProgress, TrainingProgress, duration
+from search.ray_connection import require_answer
 from search.trial_types import TrialResult
 from search.wandb_logger import WandbLogger
 
@@ -54,6 +55,8 @@ def run(
     if config.search.constraints:  # before a base is trained for nothing
         smallest, _, largest = possible_models(config.agent.kind, checked.agent, checked.space)
         require_reachable(config.search.constraints, smallest, largest, checked.agent.performance)
+    if address is not None:
+        require_answer(address)
     console.print(plan_line(checked), soft_wrap=True, highlight=False)
     with TrainingProgress("base", console) as progress:
         ready = make_ready(checked, progress)

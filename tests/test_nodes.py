@@ -83,6 +83,27 @@ def node(arguments: list[str], directory: Path, hidden: list[Path]) -> Iterator[
         lose(process)
 
 
+@contextmanager
+def head_node(directory: Path, ray_files: Path) -> Iterator[int]:
+    """The head of a cluster on this machine; its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = [f"--port={port}", "--node-ip-address=127.0.0.1", f"--temp-dir={ray_files}"]
+    with node(["--head", *own, "--include-dashboard=false"], directory, []) as first:
+        _wait(lambda: _answers(port) or first.poll() is not None, "the head did not start")
+        yield port
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as ray_files,
+        head_node(tmp_path_factory.mktemp("head"), Path(ray_files)) as port,
+    ):
+        yield port
+
+
 def lose(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to everything that a node consists of."""
     from kills import descendants
@@ -103,9 +124,6 @@ def test_two_nodes_that_share_no_files_and_one_of_them_is_lost(tmp_path: Path) -
     storage.mkdir()
     (storage / "spread.yaml").write_text(EXPERIMENT % trials)
     records = storage / "runs" / "spread" / "trials.jsonl"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     code = [ROOT / name for name in ("agents", "components", "search", "tests")]
 
     def hosts() -> Counter[str]:
@@ -117,9 +135,7 @@ def test_two_nodes_that_share_no_files_and_one_of_them_is_lost(tmp_path: Path) -
         short = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
         ray_files = Path(stack.enter_context(short))
         hidden = [*code, storage, Path("/dev/shm"), ray_files] if isolated else []
-        head = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
-        first = stack.enter_context(node([*head, f"--temp-dir={ray_files}"], tmp_path, []))
-        _wait(lambda: _answers(port) or first.poll() is not None, "the head did not start")
+        port = stack.enter_context(head_node(tmp_path, ray_files))
         other = stack.enter_context(node([f"--address=127.0.0.1:{port}"], tmp_path, hidden))
         paths = [str(ROOT), str(ROOT / "tests")]
         with (tmp_path / "output").open("wb") as output:
@@ -155,3 +171,35 @@ def test_two_nodes_that_share_no_files_and_one_of_them_is_lost(tmp_path: Path) -
         assert {record["status"] for record in finished} == {"complete"}, tail()
         if not isolated:
             pytest.skip("the nodes shared their files: namespaces are not allowed here")
+
+
+OTHER_VERSIONS = """
+import platform, sys
+import ray
+from ray._private import utils
+from search.cli import main
+
+mine = {"ray": ray.__version__, "python": platform.python_version(), sys.argv[1]: "2.1.9"}
+utils.compute_version_info = lambda: (mine["ray"], mine["python"])
+sys.exit(main(["search", "spread.yaml", "--address", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("mine", ["ray", "python"])
+def test_a_cluster_of_other_versions_is_refused_in_one_sentence(mine: str, head: int, tmp_path: Path) -> None:
+    (tmp_path / "spread.yaml").write_text(EXPERIMENT % 2)
+    told = subprocess.run(
+        [sys.executable, "-c", OTHER_VERSIONS, mine, f"127.0.0.1:{head}"],
+        cwd=tmp_path,
+        env={**os.environ, **TOKEN, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert told.returncode == 2, told.stderr
+    [sentence] = told.stderr.splitlines()
+    start = f"prunefront: the Ray cluster at address '127.0.0.1:{head}' cannot be joined: Version mismatch"
+    assert sentence.startswith(start)
+    assert "2.1.9" in sentence
