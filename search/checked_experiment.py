@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,12 @@ from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, unt
 from search.base_files import load_base
 from search.config import ExperimentConfig, changes, parse_experiment, resolve_objectives
 from search.config_errors import shown
+from search.front import feasible
+from search.measurement import LATENCIES
 from search.run_directory import RunDirectory
 from search.scheduler import EarlyStopping
 from search.space import OptionRange, SearchSpace
-from search.study import Study
+from search.study import LEARNING_SAMPLERS, Study
 from search.study_database import StudyDatabase
 from search.trial_types import Proposal, TrialResult, TrialSettings, TrialSpec, trial_seed
 
@@ -70,7 +73,11 @@ class CheckedExperiment:
     def new_early_stopping(self) -> EarlyStopping | None:
         """What stops trials of the search early, with nothing learnt yet; None where none are."""
         rule = self.config.search.early_stopping
-        return None if rule is None else EarlyStopping(self.objectives, rule.reduction)
+        if rule is None:
+            return None
+        return EarlyStopping(
+            self.objectives, rule.reduction, partial(feasible, self.config.search.constraints)
+        )
 
     def trial_settings(self) -> TrialSettings:
         """What all trials of the search share."""
@@ -173,6 +180,12 @@ def check(
             f"fine-tuned by {method or agent.fine_tune_methods[0]!r}: choose {instead}null"
         )
     objectives = resolve_objectives(config.search.objectives, config.search.constraints, agent.performance)
+    slow = [objective.name for objective in objectives if objective.name in LATENCIES]
+    if slow and config.search.early_stopping is not None:
+        raise UserError(
+            f"search.early_stopping cannot tell how a trial will do in {slow[0]}, which is measured at its "
+            "end: take that out of search.objectives, or choose null"
+        )
     if resume:
         _require_same_search(path, config)
     elif path.exists() and not may_exist and not _holds_base_only(path, config):
@@ -208,8 +221,15 @@ def _earlier_trials(
     wish = config.search.warm_start
     if wish is None:
         return ()
-    if resume:
-        return tuple(RunDirectory(path).read_warm_start())
+    kept = RunDirectory(path).read_warm_start() if resume else None
+    if kept is not None:
+        return tuple(kept)
+    sampler = config.search.chosen_sampler
+    if sampler not in LEARNING_SAMPLERS:
+        raise UserError(
+            f"search.warm_start has nothing to teach the sampler {sampler!r}: choose one of "
+            f"{', '.join(LEARNING_SAMPLERS)}"
+        )
     place = Path(wish) if Path(wish).is_dir() else path.parent / wish
     try:
         results = tuple(RunDirectory.open(place).read_trials())
@@ -244,7 +264,11 @@ def _require_same_search(path: Path, config: ExperimentConfig) -> None:
         UserError: there is nothing to go on with, or it is another search.
     """
     run = RunDirectory.open(path)
-    before = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))
+    try:
+        content = run.experiment.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{run.experiment} is corrupt: {error}") from None
+    before = parse_experiment(content, source=str(run.experiment))
     different = [
         f"{key} was {shown(old)} and is now {shown(new)}"
         for key, (old, new) in changes(before, config).items()

@@ -26,6 +26,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from components.errors import UserError
 from search.driver import Driver, Proposer, SearchOutcome, describe
 from search.gpu_memory import release
 from search.interruption import Interruption
@@ -132,10 +133,13 @@ def run_search(
                 driver.resize(slots)
                 if driver.over:
                     break
-                trainable = tune.with_resources(
-                    tune.with_parameters(_Worker, base=base, run_trial=run_trial, cpus=cpus, gpus=share),
-                    {"cpu": cpus, "gpu": share},
-                )
+                try:
+                    whole = tune.with_parameters(
+                        _Worker, base=base, run_trial=run_trial, cpus=cpus, gpus=share
+                    )
+                except ray.exceptions.RayError as error:  # its object store, or the disk behind it, is full
+                    raise UserError(f"the base cannot be given to the cluster: {describe(error)}") from error
+                trainable = tune.with_resources(whole, {"cpu": cpus, "gpu": share})
                 with suppress(_Stop):
                     _tune(trainable, driver, partial(count_slots, cpus, share), scratch)
             if driver.over:

@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 
 from search.driver import describe
 from search.node_checks import Finding, check_node, free_disk, note, ok, problem
+from search.own_code import own_code
 from search.ray_connection import NodeAnswer, on_every_node
 
 NODE_SECONDS = 120.0
@@ -77,7 +78,8 @@ def examine(address: str | None, runs: Path, seconds: float = NODE_SECONDS) -> l
     driver = [storage(runs), free_disk("disk of runs", runs.absolute()), wandb(os.environ), token(os.environ)]
     known = expected()
     if address is not None:
-        answers = on_every_node(check_node, known, address, seconds)
+        # With our code, as a search does: nodes need not have it.
+        answers = on_every_node(check_node, {**known, "sent": True}, address, seconds, own_code())
         return [_examined("the search's side, here", driver), *(_of_node(answer) for answer in answers)]
     try:
         (answer,) = on_every_node(check_node, known, None, seconds)

@@ -23,7 +23,10 @@ from search.trial_types import Proposal, TrialResult, TrialSpec, timestamp
 logger = logging.getLogger(__name__)
 
 STILLBORN_LIMIT = 3
-"""So many workers that fail to start, with none that does in between, and the search ends."""
+"""So many workers for each that there may be that fail to start, while none does, and the search ends."""
+
+STILLBORN_SECONDS = 15.0
+"""But not before: on other machines workers may still be starting."""
 
 RESTART_LIMIT = 3
 """So many clusters lost, without any trial finished in between, and the search ends."""
@@ -106,7 +109,7 @@ class Driver:
         self._seconds = math.inf if seconds is None else seconds
         self._deadline = math.inf  # until the first trial begins
         self._asked = 0
-        self._stillborn = 0  # workers that failed to start, one after the other
+        self._stillborn: list[float] = []  # when workers failed to start, one after the other
         self._restarts = 0  # clusters lost, one after the other
         self._running: dict[str, tuple[TrialSpec, str]] = {}  # Tune's trial id -> specification, asked when
         self._again: deque[TrialSpec] = deque()  # lost, and to run again before any other
@@ -159,12 +162,12 @@ class Driver:
         spec, asked = self._running.pop(trial_id)
         if not isinstance(outcome, TrialResult):
             outcome = TrialResult.failure(spec, str(outcome), started=asked, finished=timestamp())
-        result = _checked(outcome)
         try:
-            self._record(result)
+            result = self._store(spec, _checked(outcome), asked)
         except Exception as error:
             self.fatal = error
             return
+        result = replace(result, state=None, kept={})  # stored; what remembers it would keep it for ever
         self._restarts = 0
         self.complete += result.complete
         self.stopped_early += result.stopped
@@ -184,6 +187,19 @@ class Driver:
                 self._observers.remove(observer)
                 logger.warning("an observer of the search failed and was dropped: %s", describe(error))
 
+    def _store(self, spec: TrialSpec, result: TrialResult, asked: str) -> TrialResult:
+        """Record a result or, where it is none that can be recorded, that the trial failed by that."""
+        try:
+            self._record(result)
+            return result
+        except (TypeError, ValueError) as error:
+            if result.failed:
+                raise
+            reason = f"its result cannot be stored: {describe(error)}"
+            result = TrialResult.failure(spec, reason, started=asked, finished=timestamp())
+            self._record(result)
+            return result
+
     def resize(self, slots: int) -> None:
         """So many trials fit at once from now on; with none, one that waits for room to come back."""
         self.concurrency = max(1, min(slots, self._wanted or slots))
@@ -191,19 +207,22 @@ class Driver:
     def begin(self, trial_id: str, kill: Callable[[], None]) -> None:
         """A worker begins to run a trial; `kill` ends the worker."""
         now = time.monotonic()
-        self._stillborn = 0
+        self._stillborn.clear()
         self._begun[trial_id] = (now, kill)
         self._deadline = min(self._deadline, now + self._seconds)
 
     def lose(self, trial_id: str, account: str) -> None:
         """A trial's worker is gone, or never was; `account` is what Ray wrote about it."""
-        reason, had_started = _reason_of_loss(account)
-        if had_started:
+        reason = _reason_of_loss(account)
+        if trial_id in self._begun:
             self._lose(trial_id, reason)
             return
-        self._stillborn += 1
         self._run_again(trial_id)  # the trial is not to blame
-        if self._stillborn >= STILLBORN_LIMIT and self.fatal is None:
+        now = time.monotonic()
+        self._stillborn.append(now)
+        lasting = now - self._stillborn[0] > STILLBORN_SECONDS
+        many = len(self._stillborn) >= STILLBORN_LIMIT * self.concurrency
+        if many and lasting and not self._begun and self.fatal is None:
             self.fatal = UserError(f"no worker can run trials: {reason}")
 
     def lose_cluster(self, address: str | None) -> None:
@@ -272,8 +291,8 @@ class Driver:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines()
+    """An exception in one line that any file can hold."""
+    lines = str(error).encode("utf-8", "backslashreplace").decode().strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
@@ -289,16 +308,16 @@ def _checked(result: TrialResult) -> TrialResult:
     return replace(result, state={name: np.array(array) for name, array in result.state.items()})
 
 
-def _reason_of_loss(account: str) -> tuple[str, bool]:
-    """One line from Ray's account of how a worker was lost, and whether it had started."""
+def _reason_of_loss(account: str) -> str:
+    """One line from Ray's account of how a worker was lost."""
     lines = [line.strip() for line in account.splitlines() if line.strip()]
     last = lines[-1] if lines else "Ray gave no reason"
     if "raised in its creation task" in account or "RuntimeEnvSetupError" in account:
-        return f"the worker could not start: {last}", False
+        return f"the worker could not start: {last}"
     if "OutOfMemoryError" in account or "running low on memory" in account:
-        return "the worker was stopped because its machine ran out of memory", True
+        return "the worker was stopped because its machine ran out of memory"
     if "node has died" in account or "node was terminated" in account:
-        return "the worker was lost with its machine", True
+        return "the worker was lost with its machine"
     if "The actor" in account:
-        return "the worker died: killed, out of memory, or crashed", True
-    return f"the worker was lost: {last}", True
+        return "the worker died: killed, out of memory, or crashed"
+    return f"the worker was lost: {last}"

@@ -172,7 +172,8 @@ def counts(path: Path, content: Mapping[str, Any], name: str) -> dict[str, int]:
 
 def one_line(error: BaseException) -> str:
     """An error as one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    words = str(error).encode("utf-8", "backslashreplace").decode().split()  # file names may hold any bytes
+    text = " ".join(words) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from search.trial_types import TrialResult
 
 
+LATEST = 1000
+"""Complete trials that are remembered."""
+
+
 class Estimates:
     """Estimates of measurements, better the more complete trials there are."""
 
@@ -24,6 +28,7 @@ class Estimates:
         """Take in a complete trial; others say nothing of how a rung and the end go together."""
         if result.complete and result.rung_losses:
             self._complete.append(result)
+            del self._complete[:-LATEST]
 
     def of(self, stopped: TrialResult, name: str) -> float | None:
         """A measurement of a stopped trial, where it has none an estimate.

@@ -7,13 +7,10 @@ same search, and `make_ready` takes in what has finished.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import agents
-import components
-from agents.agent import source_of
 from components import UserError
 from search.base import Base, Progress
 from search.base_files import load_base, save_base
@@ -25,6 +22,7 @@ from search.durable_files import write_text
 from search.front import Front
 from search.front_keeper import FrontKeeper
 from search.gpu_memory import trial_share
+from search.own_code import own_code
 from search.prepared_base import PreparedBase, prepare
 from search.run_directory import RunDirectory
 from search.study_database import StudyDatabase
@@ -163,7 +161,6 @@ def make_ready(checked: CheckedExperiment, progress: Progress) -> ReadySearch:
     notices = run.mend()
     if not checked.resume:
         run.forget_proposals()
-        run.write_warm_start(checked.earlier)
     keeper.restore(run.read_trials())
     return ReadySearch(checked, run, base, dense, keeper, database, run.read_proposals(), tuple(notices))
 
@@ -174,29 +171,43 @@ def train_only(checked: CheckedExperiment, progress: Progress) -> tuple[RunDirec
     Raises:
         UserError: as `make_ready`.
     """
-    run = RunDirectory.create(checked.path, _to_store(checked))
-    try:
+    run = _created(checked)
+    with _nothing_left_of(run):
         return run, _train_into(run, checked, progress)
-    except BaseException:
-        shutil.rmtree(run.path, ignore_errors=True)  # made just now, and worth nothing without a base
-        raise
 
 
 def _run_and_base(checked: CheckedExperiment, progress: Progress) -> tuple[RunDirectory, Base]:
     """The run directory, claimed, and its base."""
     shared = checked.config.base.mode == "shared"
     if not checked.resume and not checked.holds_base_only:
-        if shared:
-            return train_only(checked, progress)
-        return RunDirectory.create(checked.path, _to_store(checked)), checked.untrained_base()
+        run = _created(checked)
+        with _nothing_left_of(run):
+            # Before the base: a search that is killed while that trains begins with the same trials.
+            run.write_warm_start(checked.earlier)
+            return run, _train_into(run, checked, progress) if shared else checked.untrained_base()
     run = RunDirectory.open(checked.path)
     run.claim()
     write_text(run.experiment, _to_store(checked))
+    run.write_warm_start(checked.earlier)
     if not shared:
         return run, checked.untrained_base()
     if (run.base / "metrics.json").is_file():
         return run, load_base(run.base)
     return run, _train_into(run, checked, progress)  # killed before the base was trained
+
+
+def _created(checked: CheckedExperiment) -> RunDirectory:
+    return RunDirectory.create(checked.path, _to_store(checked))
+
+
+@contextmanager
+def _nothing_left_of(run: RunDirectory) -> Iterator[None]:
+    """Remove a run directory if the block fails: it was made just now, and is worth nothing yet."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def _to_store(checked: CheckedExperiment) -> str:
@@ -208,10 +219,3 @@ def _train_into(run: RunDirectory, checked: CheckedExperiment, progress: Progres
     base = checked.train_base(progress)
     save_base(base, run.base)
     return base
-
-
-def own_code(kind: str) -> list[Path]:
-    """What workers need to import, for machines that do not have it: our packages, and a user's own agent."""
-    packages = [Path(components.__file__).parent, Path(agents.__file__).parent, Path(__file__).parent]
-    mine = source_of(kind)
-    return packages if mine is None else [*packages, mine]

@@ -202,7 +202,7 @@ def front_results(
 
     A trial that lacks a measurement that a constraint bounds is not feasible.
     """
-    candidates = [result for result in results if result.complete and _feasible(result, constraints)]
+    candidates = [result for result in results if result.complete and feasible(constraints, result)]
     if not candidates:
         return []
     values = np.array([[result.objectives[o.name] for o in objectives] for result in candidates])
@@ -276,7 +276,8 @@ def _member(result: TrialResult, again: Remeasured | None) -> FrontTrial:
     )
 
 
-def _feasible(result: TrialResult, constraints: Sequence[Constraint]) -> bool:
+def feasible(constraints: Sequence[Constraint], result: TrialResult) -> bool:
+    """Whether a result meets all constraints; what was not measured meets none."""
     for constraint in constraints:
         measured = result.measurement(constraint.name)
         if measured is None or not constraint.violation(measured) <= 0:

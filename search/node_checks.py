@@ -46,8 +46,8 @@ def check_node(facts: Mapping[str, Any]) -> list[Finding]:
 
     Args:
         facts: `python` and `ray`, versions of the driver; `requirements`, what prunefront needs, as in its
-            metadata; and from Ray, where it runs: `cpus`, `gpus`, `object_store_bytes`, `temporary`, the
-            directory of its files.
+            metadata; `sent`, where prunefront itself comes along; and from Ray, where it runs: `cpus`,
+            `gpus`, `object_store_bytes` and `temporary`, the directory of its files.
 
     Never raises: a check that fails is a finding.
     """
@@ -105,6 +105,8 @@ def packages(facts: Mapping[str, Any]) -> list[Finding]:
             mend = "install prunefront in a virtual environment of its own"
             return [problem("prunefront", f"{package!r} is another distribution's, in {found[0]}", mend)]
         places[package] = str(Path(found[0]).parent)
+    if facts.get("sent"):
+        return [ok("prunefront", f"sent along, as a search does, to {places['search']}")]
     own = _version("prunefront") or "not installed, but found"
     expected = facts.get("prunefront")
     if expected and own != expected:

@@ -120,6 +120,7 @@ def on_every_node(
     known: Mapping[str, Any],
     address: str | None,
     seconds: float,
+    code: Sequence[Path] = (),
 ) -> list[NodeAnswer]:
     """Call a function once on every living node of a cluster, all at the same time; it occupies no CPU there.
 
@@ -130,6 +131,7 @@ def on_every_node(
         known: plain values for every node.
         address: of a running cluster; None starts one on this machine and stops it afterwards.
         seconds: that a node may take to answer.
+        code: sent to the nodes of a running cluster, as `connected` does.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -137,7 +139,7 @@ def on_every_node(
     module = sys.modules[function.__module__]
     cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
     try:
-        with ray_environment(), quiet_ray(), connected(address):
+        with ray_environment(), quiet_ray(), connected(address, code):
             every = ray.nodes()  # type: ignore[no-untyped-call]
             nodes = {node["NodeID"]: node for node in every if node["Alive"]}
             task = ray.remote(num_cpus=0, max_retries=0)(function)
@@ -194,7 +196,7 @@ def connected(address: str | None, code: Sequence[Path] = ()) -> Iterator[None]:
                     log_to_driver=False,
                     runtime_env={"py_modules": [str(path) for path in code]} if code else None,
                 )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             whole = " ".join(str(error).split())  # a mismatch of versions takes several lines to tell
             raise UserError(f"the Ray cluster at address {address!r} cannot be joined: {whole}") from error
     heads = own_node().all_processes.get("gcs_server", [])

@@ -138,7 +138,7 @@ class RunDirectory:
     def read_trials(self) -> list[TrialResult]:
         """The finished trials, in the order in which they finished; their states are in the bundles.
 
-        A last line that was cut off by a crash is left out with a warning; see `mend`.
+        A last line that was damaged by a crash is left out with a warning; see `mend`.
 
         Raises:
             CorruptFileError: any other line is no record of a trial, or a trial is there twice.
@@ -156,8 +156,8 @@ class RunDirectory:
         """Trial number -> what it was last to do, finished or not; lines that are damaged are left out."""
         found = {}
         for line in self.proposals.read_bytes().split(b"\n") if self.proposals.exists() else []:
-            with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
-                number, proposal = _numbered_proposal(json.loads(line, parse_constant=_refuse_constant))
+            with suppress(*_NO_RECORD):
+                number, proposal = _numbered_proposal(_parsed(line))
                 found[number] = proposal
         return found
 
@@ -171,8 +171,10 @@ class RunDirectory:
         if records:
             write_text(self.warm_start, "".join(records))
 
-    def read_warm_start(self) -> list[TrialResult]:
-        """What `write_warm_start` kept."""
+    def read_warm_start(self) -> list[TrialResult] | None:
+        """What `write_warm_start` kept; None where it kept nothing."""
+        if not self.warm_start.exists():
+            return None
         return [result for _, result in _read_lines(self.warm_start, TrialResult.from_record)]
 
     def forget_proposals(self) -> None:
@@ -180,23 +182,24 @@ class RunDirectory:
         self.proposals.unlink(missing_ok=True)
 
     def mend(self) -> list[str]:
-        """Cut off what a crash left half written at the end of trials.jsonl and proposals.jsonl.
+        """Remove what a crash left half written at the end of trials.jsonl and proposals.jsonl.
 
-        Returns one sentence for each file that was mended. The trial of a line that is cut off runs again.
+        That is what follows the last newline and, of trials.jsonl, a last line that is no record: after a
+        power failure its end may be on the disk and its beginning not. What is removed from trials.jsonl is
+        kept in trials.jsonl.damaged, and its trial runs again.
+
+        Returns one sentence for each file that was mended.
         """
         notices = []
-        for path in (self.trials, self.proposals):
-            if not path.exists():
-                continue
-            with path.open("r+b") as file:
-                content = file.read()
-                whole = content.rfind(b"\n") + 1
-                if whole == len(content):
-                    continue
-                file.truncate(whole)
-                os.fsync(file.fileno())
-            if path == self.trials:
-                notices.append(f"{path}: its last line was cut off by a crash and has been removed")
+        _cut(self.proposals, _whole_lines)  # not worth a word: what was asked for is asked for again
+        removed = _cut(self.trials, _whole_records)
+        if removed:
+            damaged = self.trials.with_name(self.trials.name + ".damaged")
+            with damaged.open("ab") as file:
+                file.write(removed.rstrip(b"\n") + b"\n")
+            notices.append(
+                f"{self.trials}: its last line was damaged by a crash and has been moved to {damaged.name}"
+            )
         return notices
 
     def write_front(self, front: Mapping[str, Any]) -> None:
@@ -231,12 +234,15 @@ class RunDirectory:
 
 def _append(path: Path, record: Mapping[str, Any], *, durable: bool) -> None:
     """Add one line of JSON, whole or not at all."""
-    line = json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n"
+    text = json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    line = (
+        text.encode("utf-8", "backslashreplace") + b"\n"
+    )  # half a surrogate pair becomes JSON's escape of it
     new = not path.exists()
     with path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
-            if file.write(line.encode()) != len(line.encode()):
+            if file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             if durable:
                 os.fsync(file.fileno())
@@ -252,23 +258,60 @@ def _read_lines(path: Path, read: Callable[[Mapping[str, Any]], T]) -> Iterator[
     """(line number, what the line means) of a file of JSON lines; nothing where there is no such file.
 
     Raises:
-        CorruptFileError: a line other than one that was cut off at the end does not mean anything.
+        CorruptFileError: a line other than the last does not mean anything.
     """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
     for place, line in enumerate(lines, start=1):
-        last = place == len(lines)  # what follows the last newline: nothing, or a line cut off
-        if last and not line:
-            return
         try:
-            value = read(json.loads(line, parse_constant=_refuse_constant))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
-            if last:
-                warnings.warn(f"{path}, line {place}: the last line is cut off and left out", stacklevel=3)
+            value = read(_parsed(line))
+        except _NO_RECORD as error:
+            if place == len(lines):
+                warnings.warn(f"{path}, line {place}: the last line is damaged and left out", stacklevel=3)
                 return
             raise CorruptFileError(
                 f"{path}, line {place} is corrupt: {type(error).__name__}: {one_line(error)}"
             ) from None
         yield place, value
+
+
+_NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError)
+"""What reading a line raises that is no record."""
+
+
+def _parsed(line: bytes) -> Any:
+    # Decoded here: given bytes, json guesses the encoding, and takes zeros for UTF-32.
+    return json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+
+
+def _cut(path: Path, whole: Callable[[bytes], int]) -> bytes:
+    """Shorten a file to the part that is whole; returns what was cut off."""
+    if not path.exists():
+        return b""
+    with path.open("r+b") as file:
+        content = file.read()
+        length = whole(content)
+        if length < len(content):
+            file.truncate(length)
+            os.fsync(file.fileno())
+    return content[length:]
+
+
+def _whole_lines(content: bytes) -> int:
+    """The length of a file without a last line that has no end."""
+    return content.rfind(b"\n") + 1
+
+
+def _whole_records(content: bytes) -> int:
+    """The length of trials.jsonl without a last line that has no end, or is no record."""
+    length = _whole_lines(content)
+    start = content.rfind(b"\n", 0, max(0, length - 1)) + 1
+    try:
+        if length:
+            TrialResult.from_record(_parsed(content[start:length]))
+    except _NO_RECORD:
+        return start
+    return length
 
 
 def _numbered_proposal(record: Mapping[str, Any]) -> tuple[int, Proposal]:

@@ -11,7 +11,7 @@ NumPy alone; the cluster translates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -158,9 +158,17 @@ class EarlyStopping:
     Args:
         objectives: of the search.
         reduction: η > 1: at every rung one trial in so many goes on.
+        feasible: whether a complete trial meets the constraints of the search: others are not on its front,
+            and no trial is stopped that was worse at its rung than such ones alone.
     """
 
-    def __init__(self, objectives: Sequence[Objective], reduction: float) -> None:
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        reduction: float,
+        feasible: Callable[[TrialResult], bool] = lambda result: True,
+    ) -> None:
+        self._feasible = feasible
         self._objectives = tuple(objective.name for objective in objectives)
         self._sizes = [name for name in self._objectives if name in SIZES] or [SIZES[0]]
         self._halving = MultiObjectiveHalving(
@@ -177,7 +185,7 @@ class EarlyStopping:
 
     def finish(self, result: TrialResult) -> None:
         """Learn what became of a trial; those that were stopped or failed say nothing more."""
-        if result.complete:
+        if result.complete and self._feasible(result):
             self._halving.finish(result.number, [result.objectives[name] for name in self._objectives])
 
     def replay(self, results: Iterable[TrialResult]) -> None:

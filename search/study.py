@@ -45,6 +45,9 @@ LOGARITHMIC = frozenset({"parameters", "macs"})
 STARTUP_TRIALS = 10
 """Results that a model-based sampler waits for; anchors count, and where they are more, it waits for them."""
 
+LEARNING_SAMPLERS = ("tpe", "gp")
+"""Samplers that learn from the trials of another search: `Study.warm_start`."""
+
 HISTORY = {"tpe": 300, "gp": 250}
 """How many finished trials a sampler learns from at least; half as many more are the most."""
 
@@ -210,6 +213,7 @@ class Study:
                 )
             )
             self._estimates.learn(result)
+        self._forget()
 
     def close(self, seconds: float | None = None) -> None:
         """Wait for the database, as `StudyDatabase.close` does; the study may be used no more."""
@@ -240,7 +244,7 @@ class Study:
     def _forget(self) -> None:
         """Once there are half as many more trials than a sampler needs, keep those that are worth it."""
         limit = HISTORY.get(self._sampler_name)
-        if limit is None or 2 * len(self._finished) < 3 * limit:
+        if limit is None:
             return
         known = self._optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         if 2 * len(known) < 3 * limit:

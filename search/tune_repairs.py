@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -16,11 +18,19 @@ from ray.tune.experiment import Trial
 @contextmanager
 def repaired_tune() -> Iterator[None]:
     """Inside the block, Tune lets workers finish starting, and survives whatever becomes of them."""
+    _starting.clear()
     with ExitStack() as stack:
         stack.enter_context(patch.object(TuneController, "_maybe_reuse_cached_actor", _unhurried_reuse))
         stack.enter_context(patch.object(RayActorManager, "_actor_task_failed", _any_loss))
         yield
 
+
+START_SECONDS = 300.0
+"""What a worker may take to start before its trial is given to another."""
+
+_starting: WeakKeyDictionary[Any, float] = (
+    WeakKeyDictionary()
+)  # Tune's actor -> when it was first seen starting
 
 _reuse_cached_actor = TuneController._maybe_reuse_cached_actor
 _task_failed = RayActorManager._actor_task_failed
@@ -35,8 +45,10 @@ def _unhurried_reuse(self: TuneController, trial: Trial) -> bool:
     """
     own = self._trial_to_actor.get(trial)
     # One that waits for room waits for ever, where the free one holds it.
-    has_room = own is not None and self._actor_manager.is_actor_started(own)
-    return False if has_room and trial not in self._resetting_trials else _reuse_cached_actor(self, trial)
+    if own is None or not self._actor_manager.is_actor_started(own) or trial in self._resetting_trials:
+        return _reuse_cached_actor(self, trial)
+    seen = _starting.setdefault(own, time.monotonic())
+    return _reuse_cached_actor(self, trial) if time.monotonic() - seen > START_SECONDS else False
 
 
 def _any_loss(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:

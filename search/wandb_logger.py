@@ -24,6 +24,7 @@ from search.wandb_runs import Mode, Record
 
 _WAITING_LIMIT = 10_000  # messages; more are dropped
 _CLOSE_TIMEOUT = 30.0  # seconds to finish what is waiting
+_HURRIED_TIMEOUT = 3.0  # after Ctrl-C
 
 
 class WandbLogger:
@@ -138,7 +139,7 @@ class WandbLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(_HURRIED_TIMEOUT if kind is KeyboardInterrupt else _CLOSE_TIMEOUT)
 
     def _send(self, kind: str, **content: Any) -> None:
         if self._closed or self._lost:

@@ -61,11 +61,13 @@ class KilledSearch:
         directory: the run directory is `runs/killed` in it.
         trials: to run in all.
         log: what the processes printed, and the kills.
+        seen: whole lines of trials.jsonl when it was last looked at: it may only grow.
     """
 
     directory: Path
     trials: int
     log: list[str] = field(default_factory=list)
+    seen: bytes = b""
     _process: subprocess.Popen[bytes] | None = None
     _starts: int = 0
 
@@ -75,8 +77,12 @@ class KilledSearch:
 
     @property
     def finished(self) -> int:
-        """Whole lines of trials.jsonl."""
-        return self.run.trials.read_bytes().count(b"\n") if self.run.trials.exists() else 0
+        """Whole lines of trials.jsonl, none of which may ever be lost or change."""
+        content = self.run.trials.read_bytes() if self.run.trials.exists() else b""
+        content = content[: content.rfind(b"\n") + 1]
+        assert content.startswith(self.seen), f"a finished trial was lost or changed\n{self.tail()}"
+        self.seen = content
+        return content.count(b"\n")
 
     def kill(self, kind: str, after: int, random_source: random.Random) -> None:
         """Let so many further trials finish, and kill; a search that ends before that is let go."""
@@ -200,6 +206,7 @@ def descendants(root: int) -> Iterator[tuple[int, str]]:
 def verify(search: KilledSearch) -> None:
     """Every trial has finished once, and all that is derived from them agrees."""
     run = search.run
+    assert search.finished == search.trials, search.tail()
     numbers = [json.loads(line)["trial"] for line in run.trials.read_text().splitlines()]
     assert sorted(numbers) == list(range(search.trials)), search.tail()
     results = run.read_trials()

@@ -20,7 +20,7 @@ from search.trial_types import TrialSpec
 EXPERIMENT = """
 agent: {kind: "toy_agents:Toy"}
 pruning: {metrics: [l2, fisher], fine_tune: {updates: 10}}
-search: {trials: 12}
+search: {trials: 12, sampler: tpe}
 wandb: {mode: disabled}
 """
 

@@ -108,6 +108,15 @@ def test_another_distributions_agents_are_noticed(tmp_path) -> None:
     assert "virtual environment of its own" in found["mend"]
 
 
+def test_what_a_search_sends_along_need_not_be_installed() -> None:
+    facts = {"prunefront": "99.0"}
+    (found,) = node_checks.packages(facts)
+    assert (found["status"], found["mend"]) == ("problem", "install prunefront 99.0 there")
+    (found,) = node_checks.packages({**facts, "sent": True})
+    assert found["status"] == "ok"
+    assert found["found"].startswith("sent along, as a search does, to ")
+
+
 def test_a_pair_of_mujoco_and_dm_control_that_does_not_fit_is_a_problem(monkeypatch) -> None:
     monkeypatch.setattr(node_checks, "CONTROL", "raise AttributeError('no attribute flex_vertedge')")
     (found,) = node_checks.control_tasks({})

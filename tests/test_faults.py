@@ -79,6 +79,10 @@ def test_a_run_in_use_is_refused_and_left_alone(capsys: pytest.CaptureFixture[st
             "search.warm_start is 'x': there is no",
         ),
         (
+            ["--name", "b", "--set", "search.warm_start=toy", "--set", "search.sampler=nsga2"],
+            "search.warm_start has nothing to teach the sampler 'nsga2': choose one of tpe, gp",
+        ),
+        (
             ["--name", "b", "--set", "agent.hidden=13", "--set", "storage=sqlite:///x"],
             "storage is 'sqlite:…': it must be the URL",
         ),

@@ -17,8 +17,10 @@ from unittest.mock import patch
 import optuna
 import pytest
 from serial_search import finish, make_ready
+from test_run_directory import MENDED
 
 from components.errors import UserError
+from search.checked_experiment import CheckedExperiment
 from search.experiment import ReadySearch
 from search.front_keeper import FrontKeeper
 from search.run_directory import RunDirectory
@@ -174,7 +176,7 @@ def test_a_last_line_that_was_cut_off_is_mended_with_a_notice(whole: Path, tmp_p
     trials = path / "trials.jsonl"
     trials.write_bytes(trials.read_bytes()[:-25])
     resumed = ready(path, resume=True)
-    assert resumed.notices == (f"{trials}: its last line was cut off by a crash and has been removed",)
+    assert resumed.notices == (MENDED.format(trials),)
     assert resumed.numbers == [9]
     finish(resumed)
     assert lines(path) == lines(whole)
@@ -212,6 +214,33 @@ def test_a_warm_start_outlives_the_run_that_it_came_from(whole: Path, tmp_path: 
     shutil.rmtree(other)
     finish(ready(tmp_path / "halted", *settings, resume=True))
     assert lines(tmp_path / "halted") == lines(tmp_path / "straight") != lines(whole)
+
+
+def test_a_warm_start_outlives_a_kill_while_the_base_trains(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    finish(ready(other))
+    settings = ("search.warm_start=other", "search.anchors=false")
+    finish(ready(tmp_path / "straight", *settings))
+    with (
+        patch.object(CheckedExperiment, "train_base", side_effect=Killed),
+        # SIGKILL cleans nothing up, but for locks.
+        patch("search.experiment.shutil.rmtree"),
+        patch.object(RunDirectory, "claim"),
+        pytest.raises(Killed),
+    ):
+        ready(tmp_path / "killed", *settings)
+    shutil.rmtree(other)
+    finish(ready(tmp_path / "killed", *settings, resume=True))
+    assert lines(tmp_path / "killed") == lines(tmp_path / "straight")
+
+
+def test_an_experiment_that_is_no_text_is_one_sentence(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "toy"
+    shutil.copytree(whole, path)
+    (path / "experiment.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match=r"experiment\.yaml is corrupt: 'utf-8' codec") as refusal:
+        ready(path, resume=True)
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_torn_proposal_does_no_harm(whole: Path, tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ PROPOSAL = Proposal(
 )
 
 
+MENDED = "{}: its last line was damaged by a crash and has been moved to trials.jsonl.damaged"
+
+
 @pytest.fixture
 def run(tmp_path):
     return RunDirectory.create(tmp_path / "runs" / "mine", "name: mine\n")
@@ -116,7 +119,7 @@ def test_a_last_line_cut_anywhere_is_left_out_with_a_warning(run):
     content = run.trials.read_bytes()
     for cut in range(whole + 1, len(content) - 1, 37):
         run.trials.write_bytes(content[:cut])
-        with pytest.warns(UserWarning, match="line 2: the last line is cut off"):
+        with pytest.warns(UserWarning, match="line 2: the last line is damaged"):
             assert run.read_trials() == [result(0)]
     # A whole record that only lacks its newline is a record.
     run.trials.write_bytes(content[:-1])
@@ -205,12 +208,47 @@ def test_a_line_that_a_crash_cut_off_is_removed_and_what_follows_is_whole(run, c
     run.append_proposal(2, PROPOSAL)
     for path in (run.trials, run.proposals):
         path.write_bytes(path.read_bytes()[:-cut])
-    assert run.mend() == [f"{run.trials}: its last line was cut off by a crash and has been removed"]
+    lost = run.trials.read_bytes().split(b"\n")[1]
+    assert run.mend() == [MENDED.format(run.trials)]
     assert run.mend() == []
+    assert run.path.joinpath("trials.jsonl.damaged").read_bytes() == lost + b"\n"
     run.append_trial(result(1))
     run.append_proposal(2, PROPOSAL)
     assert run.read_trials() == [result(0), result(1)]
     assert run.read_proposals() == {2: PROPOSAL}
+
+
+@pytest.mark.parametrize("lost", [slice(0, 40), slice(5, -1), slice(100, 300)])
+def test_a_last_line_whose_beginning_a_power_failure_lost_is_put_aside(run, lost):
+    """Blocks of a file reach the disk in any order."""
+    run.append_trial(result(0))
+    first = run.trials.read_bytes()
+    run.append_trial(result(1))
+    line = bytearray(run.trials.read_bytes()[len(first) :])
+    line[lost] = bytes(len(line[lost]))
+    run.trials.write_bytes(first + line)
+    with pytest.warns(UserWarning, match="line 2: the last line is damaged"):
+        assert run.read_trials() == [result(0)]
+    assert run.mend() == [MENDED.format(run.trials)]
+    assert run.trials.read_bytes() == first
+    run.append_trial(result(1))
+    assert run.read_trials() == [result(0), result(1)]
+
+
+def test_a_damaged_line_that_is_not_the_last_is_no_business_of_a_crash(run):
+    run.append_trial(result(0))
+    run.trials.write_bytes(bytes(30) + run.trials.read_bytes()[30:])
+    run.append_trial(result(1))
+    assert run.mend() == []
+    with pytest.raises(CorruptFileError, match="line 1 is corrupt"):
+        run.read_trials()
+
+
+def test_a_reason_with_bytes_of_no_text_is_stored(run):
+    reason = "no file named " + os.fsdecode(b"\xff\xfe")
+    stored = dataclasses.replace(result(0), status="failed", reason=reason)
+    run.append_trial(stored)
+    assert run.read_trials() == [stored]
 
 
 def test_proposals_read_back_equal_and_the_last_one_counts(run):

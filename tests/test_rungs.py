@@ -311,6 +311,11 @@ def test_a_search_with_early_stopping_in_one_process(tmp_path) -> None:
             "search.early_stopping ranks trials by a rung loss, which tdmpc does not have when it is "
             "fine-tuned by 'td': choose one of distill, distill_td, or null",
         ),
+        (
+            ("agent={kind: autoencoder}", "search.objectives=[latency_p99_ms, reconstruction_error]"),
+            "search.early_stopping cannot tell how a trial will do in latency_p99_ms, which is measured "
+            "at its end: take that out of search.objectives, or choose null",
+        ),
     ],
 )
 def test_an_agent_without_a_rung_loss_is_refused(tmp_path, overrides, sentence) -> None:

@@ -323,6 +323,18 @@ def test_a_size_that_is_no_objective_does_not_count() -> None:
     assert not judged([MACS, RETURN])
 
 
+def test_nothing_is_stopped_for_being_worse_than_what_breaks_the_constraints() -> None:
+    def judged(**more) -> bool:
+        stopping = EarlyStopping([PARAMETERS, RETURN], reduction=100, **more)
+        for number in range(3):
+            stopping.goes_on(result(number, 10 + number, 1.0))
+            stopping.finish(result(number, 10 + number, 1.0, reward=9.0, macs=10**9))
+        return stopping.goes_on(result(3, 99, 9.0, macs=10))
+
+    assert not judged()
+    assert judged(feasible=lambda found: found.macs <= 1000)
+
+
 def test_a_trial_without_its_size_is_stopped() -> None:
     assert not EarlyStopping([MACS, RETURN], 3).goes_on(result(0, 9, 1.0))
 

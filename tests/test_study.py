@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import optuna
@@ -27,7 +28,7 @@ from search import study as study_module
 from search.config import Constraint
 from search.pareto import hypervolume_log
 from search.space import OptionRange, SearchSpace
-from search.study import Study
+from search.study import HISTORY, Study
 from search.study_database import StudyDatabase
 from search.trial_types import Proposal, TrialResult
 
@@ -595,6 +596,15 @@ def test_a_warm_start_teaches_the_sampler_and_nobody_else(sampler: str, tmp_path
     warm.tell(finish(0, make(sampler, 1).ask(0)))
     warm.close()
     assert [trial.user_attrs["trial"] for trial in stored(tmp_path / "s.db").trials] == [0]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_of_a_warm_start_too_no_more_is_learnt_than_a_sampler_can_afford(sampler: str) -> None:
+    earlier = run(make("random", 5), 60)
+    study = make(sampler, 1, anchors=False)
+    with patch.dict(HISTORY, {sampler: 20}):
+        study.warm_start(earlier)
+    assert len(study._optuna.trials) == 20
 
 
 def test_a_warm_start_of_another_space_is_refused() -> None:
