@@ -118,31 +118,31 @@ class Watcher:
         self._keeper = ready.keeper
         self._display = display
         self._logger = logger
+        self._counts = {"finished": 0, "failed": 0, "stopped": 0}
+        self._last_failure: str | None = None
+        for result in ready.keeper.results:
+            self._count(result)
 
     def __call__(self, result: TrialResult) -> None:
         """Take in a trial that the keeper has recorded."""
-        failures = [result for result in self._keeper.results if result.failed]
-        stopped = sum(result.stopped for result in self._keeper.results)
+        self._count(result)
         members = self._keeper.members
         hypervolume = self._keeper.front().hypervolumes()["hypervolume"] if members else None
         self._display.update(
-            finished=len(self._keeper.results),
-            failed=len(failures),
+            **self._counts,
             front_size=len(members),
             hypervolume=hypervolume,
-            last_failure=failures[-1].reason if failures else None,
-            stopped=stopped,
+            last_failure=self._last_failure,
         )
         self._logger.log_trial(result.to_record())
-        self._logger.log_search(
-            {
-                "finished": len(self._keeper.results),
-                "failed": len(failures),
-                "stopped": stopped,
-                "front_size": len(members),
-                "hypervolume": hypervolume,
-            }
-        )
+        self._logger.log_search({**self._counts, "front_size": len(members), "hypervolume": hypervolume})
+
+    def _count(self, result: TrialResult) -> None:
+        self._counts["finished"] += 1
+        self._counts["failed"] += result.failed
+        self._counts["stopped"] += result.stopped
+        if result.failed:
+            self._last_failure = result.reason
 
 
 def plan_line(checked: CheckedExperiment) -> str:

@@ -1,4 +1,5 @@
-"""The study: proposes trials and learns from results; with `study_database`, the sole owner of Optuna.
+"""The study: proposes trials and learns from results; with `samplers` and `study_database`, the sole owner of
+Optuna.
 
 The sampler works on a study in memory. `ask` gives every proposal a fresh sampler seeded from (seed, trial
 number), so that a proposal depends on the seed and on what was told, never on how a process came there. The
@@ -16,19 +17,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import optuna
 import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from scipy.stats import qmc
 
 from components.errors import UserError
 from search.estimates import Estimates
 from search.history import worth_keeping
+from search.samplers import GaussianProcesses, ParzenEstimators
 from search.space import Anchor, Dimension, Params, SearchSpace
 from search.study_database import StudyDatabase
 from search.trial_types import Proposal, TrialResult
@@ -308,11 +310,18 @@ class Study:
         startup = max(len(self._anchors), STARTUP_TRIALS)
         match self._sampler_name:
             case "tpe":
-                return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)
+                return ParzenEstimators(
+                    self._distributions,
+                    multivariate=True,
+                    constant_liar=True,
+                    n_startup_trials=startup,
+                    seed=seed,
+                )
             case "nsga2":
                 return NSGAIISampler(population_size=self._population, seed=seed)
             case "gp":
-                return _StoppedAwareGP(
+                return GaussianProcesses(
+                    self._distributions,
                     self._estimated(),
                     n_startup_trials=max(1, startup - len(self._stopped)),
                     seed=seed,
@@ -382,28 +391,6 @@ class Study:
         trial.datetime_start = _local_time(result.started) or trial.datetime_start
         trial.datetime_complete = _local_time(result.finished) or trial.datetime_complete
         return trial
-
-
-class _StoppedAwareGP(GPSampler):
-    """A Gaussian process that is fitted to further trials besides those of the study.
-
-    Args:
-        further: trials with values, and constraints where the study's have some.
-    """
-
-    def __init__(self, further: list[FrozenTrial], **more: Any) -> None:
-        super().__init__(**more)
-        self._further = further
-
-    def _sample_relative_impl(
-        self,
-        study: optuna.Study,
-        completed_trials: list[FrozenTrial],
-        running_trials: list[FrozenTrial],
-        search_space: dict[str, BaseDistribution],
-    ) -> dict[str, Any]:
-        known = [*completed_trials, *self._further]
-        return super()._sample_relative_impl(study, known, running_trials, search_space)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ holds anything else than those trials, it is made anew.
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import sqlite3
@@ -17,7 +18,9 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial
 
 from components.errors import UserError
@@ -187,7 +190,7 @@ class StudyDatabase:
 
     def _connect(self) -> RDBStorage:
         if isinstance(self._storage, str):
-            return RDBStorage(_with_driver(self._storage), engine_kwargs={"connect_args": _TIMEOUT})
+            return _FinishedTrials(_with_driver(self._storage), engine_kwargs={"connect_args": _TIMEOUT})
         path = self._storage
 
         def connect() -> sqlite3.Connection:
@@ -197,10 +200,50 @@ class StudyDatabase:
             return connection
 
         # The URL only chooses the dialect: connections come from `connect`, whatever characters the path has.
-        return RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
+        return _FinishedTrials("sqlite:///study.db", engine_kwargs={"creator": connect})
 
 
 _TIMEOUT: dict[str, Any] = {"connect_timeout": 10}
+
+
+class _FinishedTrials(RDBStorage):
+    """A storage to which finished trials are added whole, in a third of the time.
+
+    For every parameter, value and attribute of a trial that is added, Optuna looks whether the trial has it
+    already and is unfinished, row by row: about three quarters of the work, for a trial that was not there a
+    moment ago. These three methods are not public; where Optuna calls them no more, it is as slow as ever.
+    """
+
+    def _set_trial_value_without_commit(
+        self, session: Any, trial: models.TrialModel, objective: int, value: float
+    ) -> None:
+        stored, kind = models.TrialValueModel.value_to_stored_repr(value)
+        row = models.TrialValueModel(
+            trial_id=trial.trial_id, objective=objective, value=stored, value_type=kind
+        )
+        session.add(row)
+
+    def _set_trial_param_without_commit(
+        self,
+        session: Any,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+        previous_distribution: BaseDistribution | None = None,
+    ) -> None:
+        row = models.TrialParamModel(
+            trial_id=trial_id,
+            param_name=param_name,
+            param_value=param_value_internal,
+            distribution_json=distribution_to_json(distribution),
+        )
+        session.add(row)
+
+    def _set_trial_attr_without_commit(
+        self, session: Any, model_cls: Any, trial_id: int, key: str, value: Any
+    ) -> None:
+        session.add(model_cls(trial_id=trial_id, key=key, value_json=json.dumps(value)))
 
 
 def without_password(url: str) -> str:

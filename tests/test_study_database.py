@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from pathlib import Path
 import optuna
 import postgresql
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 from test_study import OBJECTIVES, finish, run, space_of
 
 from components.errors import UserError
 from search.study import Study
-from search.study_database import StudyDatabase, without_password
+from search.study_database import StudyDatabase, _FinishedTrials, without_password
 from search.trial_types import TrialResult
 
 
@@ -62,6 +65,41 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
         for name in optuna.get_all_study_names(backend):
             optuna.delete_study(study_name=name, storage=backend)
     return url
+
+
+def test_a_trial_added_whole_is_what_optuna_would_have_added(tmp_path: Path) -> None:
+    distributions = {
+        "log": FloatDistribution(0.01, 1.0, log=True),
+        "whole": IntDistribution(2, 64, log=True),
+        "text": CategoricalDistribution(["a", "b"]),
+    }
+    some = create_trial(
+        values=[math.inf, -2.5],
+        params={"log": 0.1, "whole": 8, "text": "b"},
+        distributions=distributions,
+        user_attrs={"trial": 7, "origin": "tpe", "nested": {"a": [1, None, "ü"]}},
+        system_attrs={"ours": [1.5]},
+        constraints={"retention >= 0.5": -0.1},
+    )
+    pruned = create_trial(
+        state=TrialState.PRUNED,
+        params={"log": 0.5, "whole": 3, "text": "a"},
+        distributions=distributions,
+        intermediate_values={1: 0.5, 2: math.nan},
+    )
+    failed = create_trial(state=TrialState.FAIL, user_attrs={"reason": "no"})
+    found = []
+    for name, storage_class in (("ours", _FinishedTrials), ("optunas", RDBStorage)):
+        storage = storage_class(f"sqlite:///{tmp_path / name}")
+        study = optuna.create_study(storage=storage, directions=["minimize", "maximize"])
+        study.add_trials([some, pruned, failed, some])
+        study.set_user_attr("a", 1)
+        storage.remove_session()
+        again = optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{tmp_path / name}")
+        found.append((again.trials, again.user_attrs))
+        storage.engine.dispose()
+    assert repr(found[0]) == repr(found[1])  # NaN is not equal to itself
+    assert [trial.number for trial in found[0][0]] == [0, 1, 2, 3]
 
 
 def test_a_resumed_study_goes_on_in_the_same_database(storage: Path | str) -> None:

@@ -1,10 +1,12 @@
 """What the driver costs at scale: `python tests/benchmarks/search_scale.py --json [--sampler tpe]`.
 
-Empty trials with 16 workers, through all that a trial of a search goes through but its work: proposal,
-specification, worker, a result with a state of 100,000 parameters, fsynced record, telling the study.
-`driver_ms` is the driver's own processor time per trial, over the last half of each size, `wall_ms` the wall
-time there: on a machine with fewer cores than workers these compete with the driver. `growth_mb` is how much
-the driver's resident memory has grown from its first trial to its last.
+Empty trials with 16 workers, through all that a trial of the `autoencoder` search goes through but its work:
+proposal, specification, worker, a result with a state of 103,248 parameters, bundle and front where it joins
+that, fsynced record, telling the study and its SQLite database, progress; but for W&B, which has a process of
+its own. `driver_ms` is the driver's own processor time per trial, all its threads together, over the last
+half of each size, `wall_ms` the wall time there: on a machine with fewer cores than workers these compete
+with the driver. `growth_mb` is how much the driver's resident memory has grown from its first trial to its
+last, `workers` how many processes ran trials.
 
 `quality` compares `tpe` as it is, with a bounded history, and unbounded: the hypervolume of a synthetic
 search of `--quality-trials` trials, as a mean over seeds, and the seconds that its proposals took.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import os
 import sys
@@ -26,15 +29,21 @@ from unittest.mock import patch
 import numpy as np
 from figures import run
 from fronts import interval
-from trial_cost import SETTINGS, empty_trial, space
+from rich.console import Console
+from trial_cost import space
 
 from agents.agent import Objective
 from components.mixing import kept_count
-from search.cluster import run_search
+from search.base import Base
+from search.checked_experiment import check
+from search.config import load_experiment
+from search.experiment import make_ready
 from search.pareto import hypervolume_log
-from search.run_directory import RunDirectory
+from search.progress import SearchProgress
+from search.search_command import Watcher
 from search.study import HISTORY, Study
-from search.trial_types import Proposal, TrialResult, TrialSpec, trial_seed
+from search.trial_types import TrialResult, TrialSpec
+from search.wandb_logger import WandbLogger
 
 WORKERS = 16
 OBJECTIVES = (Objective("parameters", "minimize", "parameters"), Objective("error", "minimize", "mse"))
@@ -47,35 +56,62 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def empty_trial(spec: TrialSpec, base: Base, device: str) -> TrialResult:
+    """A trial that does nothing and returns as much as one that does: a dense model, made-up measures."""
+    size, error = np.random.default_rng(spec.seed).random(2)
+    return TrialResult(
+        number=spec.number,
+        status="complete",
+        plan=spec.plan,
+        origin=spec.origin,
+        seed=spec.seed,
+        objectives={"parameters": 1.0 + round(size * base.parameters), "reconstruction_error": float(error)},
+        parameters=1 + round(size * base.parameters),
+        size_ratio=float(size),
+        macs=base.macs,
+        retention=1.0 - float(error),
+        performance={"reconstruction_error": float(error)},
+        base_performance=base.performance,
+        component_sizes={"encoder": base.parameters // 2, "decoder": base.parameters // 2},
+        widths=base.widths,
+        kept={group: tuple(range(width)) for group, width in base.widths.items()},
+        rungs=((0, 0.1), (150, 0.1)),
+        updates=150,
+        repaired_by="fine_tuning",
+        timings=dict.fromkeys(("score", "mix", "slice", "reconstruct", "fine_tune", "evaluate"), 0.0),
+        device=device,
+        host=str(os.getpid()),
+        state=base.states["model"],
+    )
+
+
 def scale(trials: int, sampler: str) -> dict[str, float]:
-    """Run so many empty trials."""
+    """Run so many empty trials through the search of the autoencoder."""
     marks: list[tuple[float, float, float]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = RunDirectory.create(Path(scratch) / "run", "name: nothing\n")
-        study = Study(space(trials), OBJECTIVES, sampler, trials=trials)  # type: ignore[arg-type]
 
-        def specify(number: int, proposal: Proposal) -> TrialSpec:
-            directory.append_proposal(number, proposal)
-            return TrialSpec.of(number, proposal, trial_seed(0, number), SETTINGS)
+    def mark(result: TrialResult) -> None:
+        marks.append((time.process_time(), time.monotonic(), resident_mb()))
+        if len(marks) % 500 == 0:
+            print(f"{sampler}: {len(marks)}/{trials}", file=sys.stderr, flush=True)
 
-        def record(result: TrialResult) -> None:
-            directory.append_trial(result)
-            marks.append((time.process_time(), time.monotonic(), resident_mb()))
-            if len(marks) % 500 == 0:
-                print(f"{sampler}: {len(marks)}/{trials}", file=sys.stderr, flush=True)
-
-        outcome = run_search(
-            range(trials),
-            study=study,
-            make_spec=specify,
-            run_trial=empty_trial,
-            base={"model": np.zeros(1_000_000, np.float32)},
-            record=record,
-            cpus=len(os.sched_getaffinity(0)) / WORKERS,
-            concurrency=WORKERS,
-        )
-        study.close()
-        directory.release()
+    settings = [
+        f"search.trials={trials}",
+        f"search.sampler={sampler}",
+        f"search.concurrency={WORKERS}",
+        f"resources.cpus={len(os.sched_getaffinity(0)) / WORKERS}",
+    ]
+    with tempfile.TemporaryDirectory() as scratch, Path(os.devnull).open("w") as nowhere:
+        config = load_experiment("autoencoder", settings)
+        ready = make_ready(check(config, Path(scratch) / "scale"), lambda done, total, note: None)
+        console = Console(file=nowhere)
+        with (
+            patch("search.experiment.run_trial", empty_trial),
+            WandbLogger(ready.run.path, experiment="scale", mode="disabled") as logger,
+            SearchProgress(trials, console) as display,
+        ):
+            outcome = ready.search([Watcher(ready, display, logger), mark])
+        workers = len({line["host"] for line in map(json.loads, ready.run.trials.open())})
+        ready.run.release()
     assert (outcome.complete, outcome.concurrency) == (trials, WORKERS)
     (cpu, wall, _), (last_cpu, last_wall, last_mb) = marks[len(marks) // 2], marks[-1]
     counted = len(marks) - 1 - len(marks) // 2
@@ -83,6 +119,7 @@ def scale(trials: int, sampler: str) -> dict[str, float]:
         "driver_ms": round(1000 * (last_cpu - cpu) / counted, 2),
         "wall_ms": round(1000 * (last_wall - wall) / counted, 2),
         "growth_mb": round(last_mb - marks[0][2], 1),
+        "workers": workers,
     }
 
 
