@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 from ray import cloudpickle
@@ -291,6 +292,8 @@ def quiet_ray() -> Iterator[None]:
     # CRITICAL: Tune calls failed trials, and result files that it was told not to write, errors.
     ray_logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        # What the raylet has to say, such as that many workers start, is printed past all loggers.
+        with patch.object(ray._private.worker, "print_to_stdstream", lambda *_, **__: None):
+            yield
     finally:
         ray_logger.setLevel(level)

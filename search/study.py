@@ -50,7 +50,7 @@ STARTUP_TRIALS = 10
 LEARNING_SAMPLERS = ("tpe", "gp")
 """Samplers that learn from the trials of another search: `Study.warm_start`."""
 
-HISTORY = {"tpe": 300, "gp": 250}
+HISTORY = {"tpe": 200, "gp": 250}
 """How many finished trials a sampler learns from at least; half as many more are the most."""
 
 PROPOSALS = 8

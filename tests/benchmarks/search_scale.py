@@ -8,6 +8,9 @@ half of each size, `wall_ms` the wall time there: on a machine with fewer cores 
 with the driver. `growth_mb` is how much the driver's resident memory has grown from its first trial to its
 last, `workers` how many processes ran trials.
 
+`bare_driver_ms` is the same of Tune alone, with as many reused workers, which sample at random, return a
+number and are not told of; `driver_ratio` is ours over that, at the smallest size.
+
 `quality` compares `tpe` as it is, with a bounded history, and unbounded: the hypervolume of a synthetic
 search of `--quality-trials` trials, as a mean over seeds, and the seconds that its proposals took.
 """
@@ -29,6 +32,8 @@ from unittest.mock import patch
 import numpy as np
 from figures import run
 from fronts import interval
+from ray import tune
+from ray.tune.experiment import Trial
 from rich.console import Console
 from trial_cost import space
 
@@ -40,6 +45,7 @@ from search.config import load_experiment
 from search.experiment import make_ready
 from search.pareto import hypervolume_log
 from search.progress import SearchProgress
+from search.ray_connection import connected, quiet_ray, ray_environment
 from search.search_command import Watcher
 from search.study import HISTORY, Study
 from search.trial_types import TrialResult, TrialSpec
@@ -123,6 +129,44 @@ def scale(trials: int, sampler: str) -> dict[str, float]:
     }
 
 
+class Bare(tune.Trainable):
+    """A worker that returns a number."""
+
+    def step(self) -> dict[str, object]:
+        return {"error": self.config["x"], "done": True}
+
+    def reset_config(self, new_config: dict[str, object]) -> bool:
+        self.config = new_config
+        return True
+
+
+def bare(trials: int) -> float:
+    """Milliseconds of the driver's processor time per trial with Tune alone, over the last half."""
+    marks: list[float] = []
+
+    class Marking(tune.Callback):
+        def on_trial_complete(
+            self, iteration: int, trials: list[Trial], trial: Trial, **info: object
+        ) -> None:
+            marks.append(time.process_time())
+
+    cpus = len(os.sched_getaffinity(0)) / WORKERS
+    with ray_environment(), quiet_ray(), tempfile.TemporaryDirectory() as scratch, connected(None):
+        tune.run(
+            tune.with_resources(Bare, {"cpu": cpus}),
+            config={"x": tune.uniform(0, 1)},
+            num_samples=trials,
+            max_concurrent_trials=WORKERS,
+            callbacks=[Marking()],
+            storage_path=scratch,
+            reuse_actors=True,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            verbose=0,
+        )
+    half = len(marks) // 2
+    return 1000 * (marks[-1] - marks[half]) / (len(marks) - 1 - half)
+
+
 def quality(trials: int, seeds: int) -> dict[str, object]:
     """Hypervolume of synthetic searches with a bounded and an unbounded history."""
     volumes: dict[str, list[float]] = {"bounded": [], "unbounded": []}
@@ -174,8 +218,11 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
     """All figures."""
     found: dict[str, object] = {"sampler": options.sampler, "workers": WORKERS}
     by_size = {trials: scale(trials, options.sampler) for trials in options.sizes}
+    found["bare_driver_ms"] = round(bare(min(options.sizes)), 2)
     for trials, figures in by_size.items():
         found |= {f"{name}_{trials}": figure for name, figure in figures.items()}
+    smallest = by_size[min(by_size)]
+    found["driver_ratio"] = round(smallest["driver_ms"] / found["bare_driver_ms"], 2)  # type: ignore[operator]
     if len(by_size) > 1:
         first, last = by_size[min(by_size)], by_size[max(by_size)]
         found["driver_ratio_largest_to_smallest"] = round(last["driver_ms"] / first["driver_ms"], 2)
