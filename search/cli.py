@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_search(commands)
     _add_train(commands)
     _add_front(commands)
+    _add_report(commands)
     _add_select(commands)
     _add_verify(commands)
     _add_profile(commands)
@@ -159,6 +160,16 @@ def _add_front(commands: Any) -> None:
     )
     _add_run(parser)
     parser.add_argument("--json", action="store_true", help="print front.json instead of tables")
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="write report.html: everything about a run, in one file for any browser",
+        description="Write report.html into a run directory: the front, what trials chose, importances, "
+        "failures and the experiment, in one file that needs no network. A search writes it at its end.",
+    )
+    _add_run(parser)
 
 
 def _add_select(commands: Any) -> None:

@@ -64,6 +64,14 @@ def front(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    """Write the report of a run."""
+    from search.report import write_report
+
+    print(f"Report: {write_report(find_run(options.run, options.runs_dir))}")
+    return 0
+
+
 def select(options: argparse.Namespace) -> int:
     """Copy the bundle of the trial that meets a wish."""
     from search.bundle import copy_bundle

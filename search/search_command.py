@@ -10,7 +10,7 @@ from rich.console import Console
 
 from search.checked_experiment import CheckedExperiment, check
 from search.config import ExperimentConfig
-from search.driver import SearchOutcome
+from search.driver import SearchOutcome, describe
 from search.experiment import ReadySearch, make_ready
 from search.feasibility import possible_models, require_reachable
 from search.front import Front
@@ -26,6 +26,7 @@ from search.front_table import (
 from search.paste import command_name
 from search.progress import SearchProgress, TrainingProgress, duration
 from search.ray_connection import require_answer
+from search.report import write_report
 from search.trial_types import TrialResult
 from search.wandb_logger import WandbLogger
 
@@ -103,6 +104,8 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
                 console.print(f"{title + ':':<11}{value}", soft_wrap=True, highlight=False, markup=False)
         if outcome.interrupted:
             logger.close(INTERRUPTED_SECONDS)
+    if complete and not outcome.interrupted:
+        print_report(ready, console)
     for warning in warnings:
         console.print(f"Note: {warning}", soft_wrap=True, highlight=False, markup=False)
     if outcome.interrupted:
@@ -200,6 +203,16 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
         )
     console.print(stage_line(results), soft_wrap=True, highlight=False)
     console.print()
+
+
+def print_report(ready: ReadySearch, console: Console) -> None:
+    """Write the report and say where it is, or why there is none: the search is over, and nothing is lost."""
+    try:
+        path = write_report(ready.run)
+    except Exception as error:
+        console.print(f"Note: no report was written: {describe(error)}", soft_wrap=True, highlight=False)
+    else:
+        console.print(f"{'Report:':<11}{path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def next_steps(ready: ReadySearch, front: Front, logger: WandbLogger) -> list[tuple[str, str]]:

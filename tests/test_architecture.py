@@ -111,11 +111,19 @@ def test_agents_know_components_by_their_types_only() -> None:
             assert found.for_types_only or found.module == "components.errors", found
 
 
+OPTUNAS_USERS = {
+    "search.parameter_importance",
+    "search.samplers",
+    "search.study",
+    "search.study_database",
+}
+
+
 @pytest.mark.parametrize(
     ("distribution", "user"),
     [
         ("ray", {"search.cluster", "search.ray_connection", "search.tune_repairs"}),
-        ("optuna", {"search.samplers", "search.study", "search.study_database"}),
+        ("optuna", OPTUNAS_USERS),
         ("greenlet", "search.rungs"),
         ("wandb", "search.wandb_runs"),
         ("gymnasium", "agents.environments"),
@@ -182,7 +190,12 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
         ("progress", set()),
         ("wandb_logger", {"wandb_runs", "pareto", "trial_types"}),
         ("wandb_runs", {"pareto", "trial_types"}),
-        ("report", {"pareto", "front", "trial_types"}),
+        (
+            "report.content",
+            {"durable_files", "front", "parameter_importance", "pareto", "run_directory", "trial_types"},
+        ),
+        ("report.page", set()),
+        ("parameter_importance", {"trial_types"}),
     ],
 )
 def test_the_searchs_parts_know_few_others(importer: str, allowed: set[str]) -> None:

@@ -116,7 +116,7 @@ def scale(trials: int, sampler: str) -> dict[str, float]:
             SearchProgress(trials, console) as display,
         ):
             outcome = ready.search([Watcher(ready, display, logger), mark])
-        workers = len({line["host"] for line in map(json.loads, ready.run.trials.open())})
+        workers = len({line["host"] for line in map(json.loads, ready.run.trials.read_text().splitlines())})
         ready.run.release()
     assert (outcome.complete, outcome.concurrency) == (trials, WORKERS)
     (cpu, wall, _), (last_cpu, last_wall, last_mb) = marks[len(marks) // 2], marks[-1]

@@ -1,0 +1,463 @@
+"use strict";
+
+const content = JSON.parse(document.getElementById("content").textContent);
+const trials = content.trials;
+const count = trials.number.length;
+const place = new Map(trials.number.map((number, index) => [number, index]));
+const onFront = new Map(content.front.trial.map((number, index) => [number, index]));
+const charts = [];
+let selected = null;
+
+// --- words and numbers ------------------------------------------------------------------------------------
+
+const known = (value) => value !== null && value !== undefined;
+const whole = (value) => (known(value) ? value.toLocaleString("en") : "–");
+const decimal = (value, digits = 3) => (known(value) ? value.toFixed(digits) : "–");
+const significant = (value, digits = 4) => (known(value) ? String(Number(value.toPrecision(digits))) : "–");
+const percent = (ratio) => (known(ratio) ? `${significant(100 * ratio, 3)} %` : "–");
+const plural = (n, one, many) => `${whole(n)} ${n === 1 ? one : many ?? one + "s"}`;
+
+function duration(seconds) {
+  if (!known(seconds)) return "–";
+  if (seconds < 1) return `${significant(1000 * seconds, 2)} ms`;
+  if (seconds < 60) return `${significant(seconds, 3)} s`;
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 60) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+function measured(name, value) {
+  if (!known(value)) return "–";
+  return name === "parameters" || name === "macs" ? whole(value) : significant(value, 4);
+}
+
+const labelled = (name) => ({ macs: "MACs", size_ratio: "size" })[name] ?? name.replaceAll("_", " ");
+const unit = (name) => content.objectives.find((objective) => objective.name === name)?.unit ?? "";
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && known(value)) made.setAttribute(name, value);
+  }
+  made.append(...children.filter(known));
+  return made;
+}
+
+function facts(rows, kind = "facts") {
+  const list = element("dl", { class: kind });
+  for (const [name, value] of rows) list.append(element("dt", {}, name), element("dd", {}, value));
+  return list;
+}
+
+function bars(rows) {
+  const made = element("div", { class: "bars" });
+  for (const [name, share, value] of rows) {
+    const width = `width: ${Math.max(0, Math.min(100, 100 * share)).toFixed(1)}%`;
+    made.append(
+      element("span", { class: "name" }, name),
+      element("span", { class: "bar" }, element("i", { style: width })),
+      element("span", { class: "value" }, value),
+    );
+  }
+  return made;
+}
+
+// --- the head ---------------------------------------------------------------------------------------------
+
+function head() {
+  const complete = trials.status.filter((status) => status === "complete").length;
+  const failed = trials.status.filter((status) => status === "failed").length;
+  const stopped = trials.status.filter((status) => status === "stopped").length;
+  const seconds = content.course.seconds.at(-1);
+  const good = content.front.trial.filter((number) => trials.retention[place.get(number)] >= 0.95)[0];
+  const parts = [`${plural(count, "trial")} in ${duration(seconds)}`, `${content.front.trial.length} on the front`];
+  if (stopped) parts.push(`${stopped} stopped early`);
+  if (failed) parts.push(`${failed} failed`);
+  let words = `${parts.join(", ")}.`;
+  if (known(good)) {
+    const index = place.get(good);
+    words += ` The smallest agent that keeps 95 % of the base's performance is trial ${good}, with ${percent(trials.size_ratio[index])} of its parameters.`;
+  } else if (complete) {
+    words += " No agent keeps 95 % of the base's performance.";
+  }
+  document.getElementById("summary").textContent = words;
+  const volumes = content.hypervolumes;
+  const base = content.base;
+  const performance = base.performance?.validation;
+  const shown = [
+    ["hypervolume", decimal(volumes.hypervolume), known(volumes.test_hypervolume) ? `${decimal(volumes.test_hypervolume)} on test data` : "validation data"],
+    ["base", whole(base.parameters), "parameters"],
+    [labelled(content.performance) + " of the base", significant(performance, 4), unit(content.performance) || "validation data"],
+  ];
+  for (const row of content.retention_at) {
+    const size = trials.size_ratio[place.get(row.trial)];
+    shown.push([`best at ≤ ${percent(row.size_ratio)}`, decimal(row.retention), known(row.trial) ? `retention, trial ${row.trial} (${percent(size)})` : "no trial so small"]);
+  }
+  const figures = document.getElementById("figures");
+  for (const [name, value, note] of shown) {
+    figures.append(element("div", {}, element("dt", {}, name), element("dd", {}, value, element("small", {}, note))));
+  }
+}
+
+// --- one trial --------------------------------------------------------------------------------------------
+
+function select(index, scroll = false) {
+  selected = index;
+  detail();
+  for (const row of document.querySelectorAll("#front-table tbody tr")) {
+    row.setAttribute("aria-selected", String(Number(row.dataset.index) === index));
+  }
+  drawn.front?.();
+  if (scroll && window.innerWidth <= 860) document.getElementById("detail").scrollIntoView({ behavior: "smooth", block: "nearest" });
+}
+
+function detail() {
+  const panel = document.getElementById("detail");
+  panel.replaceChildren();
+  if (selected === null) {
+    panel.append(element("p", {}, "Choose a point in the chart or a row of the table."));
+    return;
+  }
+  const index = selected;
+  const number = trials.number[index];
+  const front = onFront.get(number);
+  panel.append(element("h3", {}, `Trial ${number}`));
+  const tags = element("p", {}, element("span", { class: "tag" }, trials.origin[index]));
+  tags.append(element("span", { class: "tag" }, known(front) ? "on the front" : trials.status[index] === "complete" ? "dominated" : trials.status[index]));
+  if (number === content.knee) tags.append(element("span", { class: "tag" }, "knee"));
+  panel.append(tags);
+  const rows = [
+    ["size", percent(trials.size_ratio[index])],
+    ["parameters", whole(trials.parameters[index])],
+    ["MACs per decision", whole(trials.macs[index])],
+    ["retention", decimal(trials.retention[index])],
+  ];
+  if (known(front)) rows.push(["retention, test", decimal(content.front.test_retention[front])]);
+  for (const objective of content.objectives) {
+    if (objective.name === "parameters" || objective.name === "macs") continue;
+    rows.push([labelled(objective.name), `${measured(objective.name, trials.objectives[objective.name][index])} ${objective.unit}`]);
+  }
+  if (trials.reason[index]) rows.push(["reason", trials.reason[index]]);
+  panel.append(facts(rows));
+  const widths = trials.groups.map((group, column) => [group, trials.widths[index][column], content.base.widths?.[group]]).filter(([, kept]) => known(kept));
+  if (widths.length) {
+    panel.append(element("h4", {}, "Channels kept, of the base's"));
+    panel.append(bars(widths.map(([group, kept, of]) => [group, kept / (of ?? kept), `${whole(kept)} / ${whole(of)}`])));
+  }
+  const weights = Object.entries(trials.coefficients[index]).flatMap(([name, value]) =>
+    typeof value === "object" && value !== null ? Object.entries(value).map(([metric, weight]) => [`${name}: ${metric}`, weight]) : [[name, value]],
+  );
+  if (weights.length) {
+    panel.append(element("h4", {}, "Metrics mixed"));
+    panel.append(bars(weights.map(([name, weight]) => [name, weight, decimal(weight, 2)])));
+  }
+  const options = Object.entries(trials.options[index]);
+  if (options.length) panel.append(element("h4", {}, "Options"), facts(options.map(([name, value]) => [name, String(value)])));
+  const timings = Object.entries(trials.timings[index]);
+  if (timings.length) {
+    const total = timings.reduce((sum, [, seconds]) => sum + seconds, 0);
+    panel.append(element("h4", {}, `Time: ${duration(total)} on ${trials.device[index] || "?"}`));
+    panel.append(bars(timings.map(([stage, seconds]) => [stage.replaceAll("_", "-"), total ? seconds / total : 0, duration(seconds)])));
+  }
+  if (known(front)) {
+    const command = `prunefront select ${content.path} --trial ${number} --out trial-${number}`;
+    const code = element("code", {}, command);
+    const button = element("button", { type: "button", onclick: () => copy(command, code, button) }, "Copy");
+    panel.append(element("h4", {}, "Take it"), element("div", { class: "command" }, code, button));
+  } else if (trials.status[index] === "complete") {
+    panel.append(element("p", {}, "Weights are kept for the front only."));
+  }
+}
+
+async function copy(text, code, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const range = document.createRange();
+    range.selectNodeContents(code);
+    getSelection().removeAllRanges();
+    getSelection().addRange(range);
+    document.execCommand("copy"); // pages from a file may have no clipboard
+  }
+  button.textContent = "Copied";
+  setTimeout(() => (button.textContent = "Copy"), 1500);
+}
+
+function table() {
+  const others = content.objectives.filter((objective) => !["parameters", "macs"].includes(objective.name));
+  const heads = ["trial", "size", "parameters", "MACs", "retention", "test", ...others.map((o) => labelled(o.name)), "proposed by"];
+  const body = element("tbody");
+  content.front.trial.forEach((number, row) => {
+    const index = place.get(number);
+    const cells = [
+      number, percent(trials.size_ratio[index]), whole(trials.parameters[index]), whole(trials.macs[index]),
+      decimal(trials.retention[index]), decimal(content.front.test_retention[row]),
+      ...others.map((o) => measured(o.name, trials.objectives[o.name][index])),
+    ];
+    const line = element("tr", { tabindex: 0, "data-index": index, "aria-selected": "false", onclick: () => select(index, true) });
+    line.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); select(index, true); }
+    });
+    for (const cell of cells) line.append(element("td", {}, String(cell)));
+    line.append(element("td", { class: "text" }, trials.origin[index]));
+    body.append(line);
+  });
+  const headRow = element("tr");
+  heads.forEach((name, i) => headRow.append(element("th", { scope: "col", class: i === heads.length - 1 ? "text" : null }, name)));
+  document.getElementById("front-table").append(element("table", {}, element("thead", {}, headRow), body));
+}
+
+// --- what needs no charts ---------------------------------------------------------------------------------
+
+function parameters() {
+  const entries = Object.entries(content.parameters);
+  document.getElementById("parameters-section").hidden = !entries.length;
+  const room = document.getElementById("parameters");
+  for (const [name, shares] of entries) {
+    const rows = Object.entries(shares).slice(0, 12);
+    const most = Math.max(...rows.map(([, share]) => share), 1e-9);
+    room.append(element("div", {}, element("h3", {}, labelled(name)), bars(rows.map(([choice, share]) => [choice, share / most, percent(share)]))));
+  }
+}
+
+function failures() {
+  document.getElementById("failures-section").hidden = !content.failures.length;
+  const body = element("tbody");
+  for (const failure of content.failures) {
+    const numbers = failure.trials.slice(0, 12).join(", ") + (failure.trials.length > 12 ? " …" : "");
+    body.append(element("tr", {}, element("td", {}, String(failure.trials.length)), element("td", { class: "long" }, failure.reason), element("td", { class: "text" }, numbers)));
+  }
+  const heads = element("tr", {}, element("th", { scope: "col" }, "times"), element("th", { scope: "col", class: "text" }, "reason"), element("th", { scope: "col", class: "text" }, "trials"));
+  document.getElementById("failures").append(element("table", {}, element("thead", {}, heads), body));
+}
+
+function experiment() {
+  const base = content.base;
+  const room = document.getElementById("experiment");
+  const environment = base.environment ?? {};
+  room.append(element("div", {}, element("h3", {}, "Base"), facts([
+    ["parameters", whole(base.parameters)], ["MACs per decision", whole(base.macs)], ["seed", String(base.seed)],
+    ["training", duration(base.training_seconds)],
+    ...["validation", "test"].filter((split) => known(base.performance?.[split])).map((split) => [`${labelled(content.performance)}, ${split}`, significant(base.performance[split], 4)]),
+    ...["validation", "test"].filter((split) => known(base.trivial?.[split])).map((split) => [`trivial agent, ${split}`, significant(base.trivial[split], 4)]),
+  ])));
+  const machine = Object.entries(environment).filter(([name]) => name !== "host").map(([name, value]) => [name, String(value)]);
+  if (machine.length) room.append(element("div", {}, element("h3", {}, "Versions and machine"), facts(machine)));
+  const stages = Object.entries(content.stages).filter(([, seconds]) => known(seconds));
+  const total = stages.reduce((sum, [, seconds]) => sum + seconds, 0);
+  room.append(element("div", {}, element("h3", {}, "Median trial"), bars(stages.map(([stage, seconds]) => [stage.replaceAll("_", "-"), total ? seconds / total : 0, duration(seconds)]))));
+  const hosts = Object.entries(content.hosts).map(([host, n]) => [host, plural(n, "trial")]);
+  const devices = Object.entries(content.devices).map(([device, n]) => [device, plural(n, "trial")]);
+  if (hosts.length) room.append(element("div", {}, element("h3", {}, "Where trials ran"), facts([...hosts, ...devices])));
+  document.getElementById("configuration").textContent = content.configuration;
+}
+
+// --- charts -----------------------------------------------------------------------------------------------
+
+const drawn = {};
+
+function colour(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+}
+
+function look() {
+  const text = colour("soft");
+  const axis = {
+    axisLabel: { color: text }, nameTextStyle: { color: text }, axisLine: { lineStyle: { color: colour("line") } },
+    splitLine: { lineStyle: { color: colour("line"), opacity: 0.6 } },
+  };
+  const tooltip = { backgroundColor: colour("raised"), borderColor: colour("line"), textStyle: { color: colour("text"), fontSize: 13 }, confine: true };
+  return { axis, tooltip, text };
+}
+
+function chartIn(id) {
+  const made = window.charts.init(document.getElementById(id), null, { renderer: "svg" });
+  charts.push(made);
+  new ResizeObserver(() => made.resize()).observe(document.getElementById(id));
+  return made;
+}
+
+function about(index) {
+  const number = trials.number[index];
+  const front = onFront.get(number);
+  const lines = [`<b>Trial ${number}</b> · ${safe(trials.origin[index])}`, `${percent(trials.size_ratio[index])}, ${whole(trials.parameters[index])} parameters`, `retention ${decimal(trials.retention[index])}`];
+  if (known(front) && known(content.front.test_retention[front])) lines[2] += ` (test ${decimal(content.front.test_retention[front])})`;
+  for (const objective of content.objectives) {
+    if (objective.name === "parameters") continue;
+    lines.push(`${safe(labelled(objective.name))} ${measured(objective.name, trials.objectives[objective.name][index])} ${safe(objective.unit)}`);
+  }
+  return lines.join("<br>");
+}
+
+const safe = (text) => String(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
+
+function frontChart() {
+  const chart = chartIn("front-chart");
+  chart.on("click", (event) => { if (known(event.data?.index)) select(event.data.index, true); });
+  const indices = trials.number.map((_, index) => index).filter((index) => trials.status[index] === "complete" && known(trials.retention[index]));
+  const point = (index, value = trials.retention[index]) => ({ value: [100 * trials.size_ratio[index], value], index });
+  const members = content.front.trial.map((number) => place.get(number));
+  const isAnchor = (index) => trials.origin[index].startsWith("anchor");
+  const lowest = Math.min(...indices.map((index) => trials.retention[index]), 0);
+  drawn.front = () => {
+    const { axis, tooltip, text } = look();
+    const linear = document.getElementById("front-linear").checked;
+    const tested = document.getElementById("front-test").checked && content.front.test_retention.some(known);
+    const narrow = window.innerWidth < 560;
+    const best = [];
+    let highest = -Infinity;
+    for (const index of members) {
+      if (trials.retention[index] > highest) { highest = trials.retention[index]; best.push(point(index)); }
+    }
+    if (best.length) best.push({ value: [100, highest] });
+    const series = [
+      { name: "dominated", type: "scatter", symbolSize: 7, data: indices.filter((index) => !onFront.has(trials.number[index]) && !isAnchor(index)).map((index) => point(index)), itemStyle: { color: colour("faint"), opacity: 0.55 } },
+      { name: "starting points", type: "scatter", symbol: "diamond", symbolSize: 11, data: indices.filter((index) => isAnchor(index) && !onFront.has(trials.number[index])).map((index) => point(index)), itemStyle: { color: colour("anchor"), opacity: 0.9 } },
+      { name: "front line", type: "line", step: "end", symbol: "none", silent: true, data: best, lineStyle: { color: colour("front"), width: 2 }, z: 3 },
+      { name: "front", type: "scatter", symbolSize: 10, data: members.map((index) => point(index)), itemStyle: { color: colour("front") }, z: 4 },
+      { name: "front, test data", type: "scatter", symbol: "circle", symbolSize: 7, data: tested ? members.map((index, row) => point(index, content.front.test_retention[row])).filter((entry) => known(entry.value[1])) : [], itemStyle: { color: "transparent", borderColor: colour("test"), borderWidth: 1.6 }, z: 5 },
+      { name: "base", type: "scatter", symbol: "triangle", symbolSize: 13, data: [{ value: [100, 1] }], itemStyle: { color: colour("base") }, z: 6 },
+      { name: "selected", type: "scatter", symbol: "circle", symbolSize: 19, silent: true, data: selected !== null && known(trials.retention[selected]) ? [point(selected)] : [], itemStyle: { color: "transparent", borderColor: colour("text"), borderWidth: 2 }, z: 7 },
+    ];
+    chart.setOption({
+      animation: false, aria: { enabled: true },
+      grid: { left: 52, right: 18, top: narrow ? 64 : 40, bottom: 46 },
+      legend: { top: 0, textStyle: { color: text }, data: series.map((s) => s.name).filter((name) => !["front line", "selected"].includes(name)) },
+      tooltip: { ...tooltip, trigger: "item", formatter: (event) => (known(event.data?.index) ? about(event.data.index) : "<b>Base</b><br>" + whole(content.base.parameters) + " parameters") },
+      xAxis: { ...axis, type: linear ? "value" : "log", min: linear ? 0 : (value) => Math.min(value.min * 0.9, 1), max: 105, name: "size, % of the base's parameters", nameLocation: "middle", nameGap: 28, axisLabel: { color: text, showMinLabel: false, formatter: (value) => (value > 100 ? "" : significant(value, 2)) }, minorSplitLine: { show: false } },
+      yAxis: { ...axis, type: "value", min: Math.max(-0.2, Math.floor(lowest * 10) / 10), max: (value) => Math.max(1.02, Math.ceil(value.max * 50) / 50), name: "retention", axisLabel: { color: text, formatter: (value) => decimal(value, 1) } },
+      series,
+    }, { notMerge: true });
+  };
+  drawn.front();
+  document.getElementById("front-test").parentElement.hidden = !content.front.test_retention.some(known);
+  for (const id of ["front-linear", "front-test"]) document.getElementById(id).addEventListener("change", () => drawn.front());
+}
+
+function courseChart() {
+  const chart = chartIn("course-chart");
+  drawn.course = () => {
+    const { axis, tooltip, text } = look();
+    const over = document.querySelector("input[name=course]:checked").value;
+    const longest = content.course.seconds.at(-1) ?? 0;
+    const [scale, name] = over === "trials" ? [1, "finished trials"] : longest > 7200 ? [3600, "hours"] : longest > 120 ? [60, "minutes"] : [1, "seconds"];
+    const data = content.course.hypervolume.map((value, row) => [over === "trials" ? row + 1 : (content.course.seconds[row] ?? 0) / scale, value]);
+    chart.setOption({
+      animation: false, aria: { enabled: true }, grid: { left: 52, right: 18, top: 20, bottom: 46 },
+      tooltip: { ...tooltip, trigger: "axis", formatter: ([event]) => `${significant(event.value[0], 3)} ${name}<br>hypervolume ${decimal(event.value[1])}` },
+      xAxis: { ...axis, type: "value", min: 0, max: "dataMax", name, nameLocation: "middle", nameGap: 28, axisLabel: { color: text, hideOverlap: true, formatter: (value) => significant(value, 3) } },
+      yAxis: { ...axis, type: "value", min: 0, axisLabel: { color: text, formatter: (value) => decimal(value, 2) } },
+      series: [{ type: "line", step: "end", symbol: "none", data, lineStyle: { color: colour("front"), width: 2 }, areaStyle: { color: colour("front"), opacity: 0.12 } }],
+    }, { notMerge: true });
+  };
+  drawn.course();
+  for (const input of document.querySelectorAll("input[name=course]")) input.addEventListener("change", () => drawn.course());
+}
+
+function parallelChart() {
+  const names = Object.keys(content.choices);
+  const indices = trials.number.map((_, index) => index).filter((index) => trials.status[index] === "complete" && known(trials.retention[index]));
+  const room = document.getElementById("parallel-chart");
+  if (!names.length || indices.length < 2) { document.getElementById("parallel-section").hidden = true; return; }
+  const axes = [
+    ...names.map((name) => ({ name: name.replace(/^(share|weight|option) /, ""), log: name.startsWith("share "), values: content.choices[name] })),
+    { name: "size, %", log: true, values: trials.size_ratio.map((ratio) => (known(ratio) ? 100 * ratio : null)) },
+    { name: "retention", log: false, values: trials.retention },
+  ];
+  room.style.minWidth = `${70 * axes.length}px`;
+  const chart = chartIn("parallel-chart");
+  drawn.parallel = () => {
+    const { axis, tooltip, text } = look();
+    const last = axes.length - 1;
+    chart.setOption({
+      animation: false,
+      parallel: { left: 40, right: 60, top: 50, bottom: 24, parallelAxisDefault: { nameTextStyle: { color: text, fontSize: 12 }, axisLabel: { ...axis.axisLabel, fontSize: 11, formatter: (value) => significant(value, 2) }, axisLine: axis.axisLine, axisTick: { lineStyle: { color: colour("line") } } } },
+      tooltip: { ...tooltip, trigger: "item", formatter: (event) => (known(event.data?.index) ? about(event.data.index) : "") },
+      visualMap: { show: false, dimension: last, min: 0, max: 1, inRange: { color: [colour("low"), colour("faint"), colour("high")] }, seriesIndex: 0 },
+      parallelAxis: axes.map((entry, dim) => ({ dim, name: entry.name, type: entry.log ? "log" : "value", nameRotate: 0, nameTruncate: { maxWidth: 66 }, scale: true })),
+      series: [{ type: "parallel", lineStyle: { width: 1.2, opacity: indices.length > 300 ? 0.25 : 0.5 }, emphasis: { lineStyle: { width: 3, opacity: 1 } }, data: indices.map((index) => ({ value: axes.map((entry) => entry.values[index]), index })) }],
+    }, { notMerge: true });
+  };
+  drawn.parallel();
+  chart.on("click", (event) => { if (known(event.data?.index)) select(event.data.index); });
+}
+
+function importanceChart() {
+  const found = content.importance;
+  if (!found.metrics) { document.getElementById("importance-section").hidden = true; return; }
+  const choose = document.getElementById("importance-metric");
+  for (const metric of Object.keys(found.metrics)) choose.append(element("option", { value: metric }, metric));
+  const most = Math.max(...Object.values(found.metrics).map((metric) => metric.groups.length));
+  document.getElementById("importance-chart").style.height = `${Math.max(200, 110 + 24 * most)}px`;
+  const chart = chartIn("importance-chart");
+  drawn.importance = () => {
+    const { axis, tooltip, text } = look();
+    const { groups, values } = found.metrics[choose.value];
+    const data = values.flatMap((row, y) => row.map((value, x) => [x, y, value])).filter(([, , value]) => known(value));
+    const reach = Math.min(6, Math.max(1, ...data.map(([, , value]) => Math.abs(value))));
+    chart.setOption({
+      animation: false, aria: { enabled: true }, grid: { left: 8, right: 18, top: 8, bottom: 92, containLabel: true },
+      tooltip: { ...tooltip, formatter: (event) => `${safe(groups[event.value[1]])}<br>after ${whole(found.steps[event.value[0]])} steps: ${event.value[2] > 0 ? "+" : ""}${decimal(event.value[2], 2)}` },
+      xAxis: { ...axis, type: "category", data: found.steps.map(whole), name: "training steps", nameLocation: "middle", nameGap: 28, splitLine: { show: false } },
+      yAxis: { ...axis, type: "category", data: groups, inverse: true, splitLine: { show: false } },
+      visualMap: { min: -reach, max: reach, calculable: true, orient: "horizontal", left: "center", bottom: 0, textStyle: { color: text }, precision: 1, inRange: { color: [colour("low"), colour("middle"), colour("high")] } },
+      series: [{ type: "heatmap", data, progressive: 0 }],
+    }, { notMerge: true });
+  };
+  drawn.importance();
+  choose.addEventListener("change", () => drawn.importance());
+}
+
+async function library() {
+  const packed = Uint8Array.from(atob(document.getElementById("library").textContent.trim()), (sign) => sign.charCodeAt(0));
+  const source = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  const script = document.createElement("script");
+  script.textContent = source;
+  document.head.append(script);
+}
+
+const pending = new Map([["course-chart", courseChart], ["parallel-chart", parallelChart], ["importance-chart", importanceChart]]);
+
+function draw(id) {
+  const make = pending.get(id);
+  pending.delete(id);
+  make?.();
+}
+
+function redraw() {
+  for (const again of Object.values(drawn)) again();
+}
+
+async function main() {
+  head();
+  table();
+  parameters();
+  failures();
+  experiment();
+  const first = content.knee ?? content.front.trial[0];
+  if (known(first)) selected = place.get(first);
+  detail();
+  try {
+    await library();
+    frontChart();
+  } catch (error) {
+    const warning = document.getElementById("warning");
+    warning.textContent = `This browser cannot draw the charts (${error.message}); the tables are complete.`;
+    warning.hidden = false;
+    return;
+  }
+  select(selected);
+  // Below the fold, when they come into view: the front does not wait for them.
+  const watch = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) { watch.unobserve(entry.target); draw(entry.target.id); }
+  }, { rootMargin: "300px" });
+  for (const id of pending.keys()) watch.observe(document.getElementById(id));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  addEventListener("beforeprint", () => { document.documentElement.dataset.theme = "light"; [...pending.keys()].forEach(draw); redraw(); charts.forEach((chart) => chart.resize()); });
+  addEventListener("afterprint", () => { delete document.documentElement.dataset.theme; redraw(); charts.forEach((chart) => chart.resize()); });
+  document.documentElement.dataset.ready = "true";
+}
+
+main();

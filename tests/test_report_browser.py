@@ -1,0 +1,157 @@
+"""The report in a real browser, from a file, with the network off: drawn, hovered, clicked, dark, printed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from report_runs import made_up_run
+
+from search.report import write_report
+
+api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None:
+    pytest.skip("there is no Chromium", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+TRIALS = 40
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(made_up_run(tmp_path_factory.mktemp("runs") / "toy", TRIALS))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[api.Browser]:
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: api.Browser, report: Path) -> Iterator:
+    """A function that opens the report; whatever the page complains of fails the test."""
+    complaints: list[str] = []
+    contexts = []
+
+    def opener(width: int = 1280, height: int = 800, scheme: str = "light") -> api.Page:
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        context.set_offline(True)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda asked: asked.url.startswith("file:") or complaints.append(asked.url))
+        page.goto(report.as_uri())
+        page.wait_for_function("document.documentElement.dataset.ready")
+        return page
+
+    yield opener
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def content_of(report: Path) -> dict:
+    page = report.read_text(encoding="utf-8")
+    return json.loads(page.split('<script id="content" type="application/json">')[1].split("</script>")[0])
+
+
+def scroll_through(page: api.Page) -> None:
+    for share in range(11):
+        page.evaluate(f"scrollTo(0, document.body.scrollHeight * {share / 10})")
+        page.wait_for_timeout(50)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, width, height) -> None:
+    page = opened(width, height)
+    scroll_through(page)
+    for chart in ("front", "course", "parallel", "importance"):
+        assert page.locator(f"#{chart}-chart svg path").count() > 3, chart
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("#warning").is_hidden()
+
+
+def test_a_point_that_is_clicked_is_shown_beside_the_chart(opened, report) -> None:
+    page = opened()
+    content = content_of(report)
+    front = content["front"]["trial"]
+    row = page.locator("#front-table tbody tr").nth(len(front) - 1)
+    row.click()
+    assert page.locator("#detail h3").inner_text() == f"Trial {front[-1]}"
+    assert row.get_attribute("aria-selected") == "true"
+    index = content["trials"]["number"].index(front[0])
+    # Where ECharts has drawn the trial is known to the chart alone.
+    page.evaluate("scrollTo(0, 0)")
+    place = page.evaluate(
+        """([x, y]) => {
+            const chart = charts[0];
+            const [left, top] = chart.convertToPixel({ xAxisIndex: 0, yAxisIndex: 0 }, [x, y]);
+            const box = chart.getDom().getBoundingClientRect();
+            return [box.left + left, box.top + top];
+        }""",
+        [100 * content["trials"]["size_ratio"][index], content["trials"]["retention"][index]],
+    )
+    page.mouse.move(*place)
+    page.wait_for_function("document.querySelector('#front-chart').innerText.includes('Trial')")
+    assert f"Trial {front[0]}" in page.locator("#front-chart").inner_text()
+    page.mouse.click(*place)
+    assert page.locator("#detail h3").inner_text() == f"Trial {front[0]}"
+    widths = page.locator("#detail .bars").first.inner_text()
+    for group, kept in zip(content["trials"]["groups"], content["trials"]["widths"][index], strict=True):
+        assert f"{group}\n{kept} / {content['base']['widths'][group]}" in widths
+    command = page.locator("#detail code").inner_text()
+    assert command == f"prunefront select {content['path']} --trial {front[0]} --out trial-{front[0]}"
+
+
+def test_the_table_is_usable_by_keyboard(opened, report) -> None:
+    page = opened()
+    front = content_of(report)["front"]["trial"]
+    page.locator("#front-table tbody tr").nth(1).focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#detail h3").inner_text() == f"Trial {front[1]}"
+
+
+def test_switches_redraw(opened) -> None:
+    page = opened()
+    for chart, switch in (
+        ("front", "#front-linear"),
+        ("front", "#front-test"),
+        ("course", "input[value=seconds]"),
+    ):
+        scroll_through(page)
+        before = page.locator(f"#{chart}-chart svg").inner_html()
+        page.locator(switch).click()
+        assert page.locator(f"#{chart}-chart svg").inner_html() != before
+
+
+def test_dark_follows_the_reader_and_paper_is_light(opened) -> None:
+    page = opened(scheme="dark")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(ground) == "rgb(18, 23, 30)"
+    dark = page.locator("#front-chart svg").inner_html()
+    page.emulate_media(color_scheme="light")
+    page.wait_for_function(f"{ground} === 'rgb(255, 255, 255)'")
+    assert page.locator("#front-chart svg").inner_html() != dark
+    page.emulate_media(color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+    for chart in ("front", "course", "parallel", "importance"):
+        assert page.locator(f"#{chart}-chart svg path").count() > 3, f"{chart} is drawn for the paper too"
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(ground) == "rgb(18, 23, 30)"
