@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_front(commands)
     _add_report(commands)
+    _add_sync(commands)
     _add_select(commands)
     _add_verify(commands)
     _add_profile(commands)
@@ -168,6 +169,16 @@ def _add_report(commands: Any) -> None:
         help="write report.html: everything about a run, in one file for any browser",
         description="Write report.html into a run directory: the front, what trials chose, importances, "
         "failures and the experiment, in one file that needs no network. A search writes it at its end.",
+    )
+    _add_run(parser)
+
+
+def _add_sync(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sync",
+        help="upload the W&B runs of a run that are on the disk only",
+        description="Upload the W&B runs of a run that are on the disk only, by `wandb sync`. Exit code 1 if "
+        "that fails.",
     )
     _add_run(parser)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,8 +69,19 @@ def report(options: argparse.Namespace) -> int:
     """Write the report of a run."""
     from search.report import write_report
 
-    print(f"Report: {write_report(find_run(options.run, options.runs_dir))}")
+    print(f"Report: {write_report(find_run(options.run, options.runs_dir)).path}")
     return 0
+
+
+def sync(options: argparse.Namespace) -> int:
+    """Upload the W&B runs of a run that are on the disk only."""
+    run = find_run(options.run, options.runs_dir)
+    if not any(run.wandb.glob("*run-*")):
+        raise UserError(
+            f"{run.path} has no W&B runs to upload: its wandb.mode was 'disabled', or no trial ran"
+        )
+    command = [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", "--yes", str(run.wandb)]
+    return 1 if subprocess.run(command, check=False).returncode else 0
 
 
 def select(options: argparse.Namespace) -> int:

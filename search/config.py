@@ -364,11 +364,14 @@ class WandbConfig(_Section):
         mode: `auto` is online where a key is configured and offline elsewhere.
         project: the project that runs go to.
         entity: user or team; null is the account's default.
+        trial_runs: >= 0; a search of more trials than this has a run for itself and for the trials of its
+            front only.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = Field("prunefront", min_length=1)
     entity: str | None = None
+    trial_runs: int = Field(500, ge=0)
 
 
 class ExperimentConfig(_Section):

@@ -27,6 +27,10 @@ REFERENCE_POINT = {"size_ratio": 1.0, "retention": 0.0}
 """Where the hypervolume begins: the size of the base and what a trivial agent retains."""
 
 
+RETAINED = (90, 95, 98)
+"""Percentages of retention whose smallest trials have names."""
+
+
 @dataclass(frozen=True)
 class Remeasured:
     """What a trial of the front reaches when the search is over.
@@ -113,6 +117,20 @@ class Front:
             test = [trial.test_retention or 0.0 for trial in self.trials]
             found["test_hypervolume"] = pareto.hypervolume_log(sizes, test)
             found["test_hypervolume_linear"] = pareto.hypervolume_linear(sizes, test)
+        return found
+
+    def aliases(self) -> dict[int, list[str]]:
+        """Trial -> what it is known by: `knee`, and `smallest-95` and the like for what it retains."""
+        found: dict[int, list[str]] = {}
+        if not self.trials:
+            return found
+        sizes = [trial.size_ratio for trial in self.trials]
+        retention = [trial.retention for trial in self.trials]
+        found.setdefault(self.trials[pareto.knee(sizes, retention)].trial, []).append("knee")
+        for share in RETAINED:
+            chosen = pareto.smallest_retaining(sizes, retention, share / 100)
+            if chosen.satisfied:
+                found.setdefault(self.trials[chosen.index].trial, []).append(f"smallest-{share}")
         return found
 
     def retention_at(self) -> list[dict[str, Any]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -26,12 +29,15 @@ from search.front_table import (
 from search.paste import command_name
 from search.progress import SearchProgress, TrainingProgress, duration
 from search.ray_connection import require_answer
-from search.report import write_report
+from search.report import REPORT, Report, write_report
 from search.trial_types import TrialResult
-from search.wandb_logger import WandbLogger
+from search.wandb_logger import WandbLogger, require_key
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+
+FRONT_SECONDS = 20.0
+"""Between two live fronts that are logged to W&B."""
 
 INTERRUPTED_SECONDS = 5.0
 """What W&B gets to finish after Ctrl-C; `wandb sync` and trials.jsonl have the rest."""
@@ -58,6 +64,7 @@ def run(
         require_reachable(config.search.constraints, smallest, largest, checked.agent.performance)
     if address is not None:
         require_answer(address)
+    require_key(config.wandb.mode)
     console.print(plan_line(checked), soft_wrap=True, highlight=False)
     with TrainingProgress("base", console) as progress:
         ready = make_ready(checked, progress)
@@ -97,15 +104,14 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
             "stopped": sum(result.stopped for result in results),
             "failed": sum(result.failed for result in results),
         }
-        logger.finish(front.to_json()["trials"], {**front.hypervolumes(), **counts})
+        report = write(ready, console) if complete and not outcome.interrupted else None
+        log_results(ready, front, {**front.hypervolumes(), **counts}, report, logger)
         if complete:
             print_results(ready, front, outcome, console)
             for title, value in next_steps(ready, front, logger):
                 console.print(f"{title + ':':<11}{value}", soft_wrap=True, highlight=False, markup=False)
         if outcome.interrupted:
             logger.close(INTERRUPTED_SECONDS)
-    if complete and not outcome.interrupted:
-        print_report(ready, console)
     for warning in warnings:
         console.print(f"Note: {warning}", soft_wrap=True, highlight=False, markup=False)
     if outcome.interrupted:
@@ -121,6 +127,10 @@ class Watcher:
         self._keeper = ready.keeper
         self._display = display
         self._logger = logger
+        self._logs_trials = logs_every_trial(ready)
+        self._began = time.monotonic()
+        self._finished_here = 0
+        self._front_logged = -math.inf
         self._counts = {"finished": 0, "failed": 0, "stopped": 0}
         self._last_failure: str | None = None
         for result in ready.keeper.results:
@@ -137,8 +147,21 @@ class Watcher:
             hypervolume=hypervolume,
             last_failure=self._last_failure,
         )
-        self._logger.log_trial(result.to_record())
-        self._logger.log_search({**self._counts, "front_size": len(members), "hypervolume": hypervolume})
+        self._finished_here += 1
+        now = time.monotonic()
+        on_front = any(member.number == result.number for member in members)
+        if self._logs_trials:
+            self._logger.log_trial(result.to_record(), on_front)
+        if on_front and now - self._front_logged > FRONT_SECONDS:
+            self._front_logged = now
+            self._logger.log_front(self._keeper.front().to_json()["trials"])
+        row = {
+            **self._counts,
+            "front_size": len(members),
+            "hypervolume": hypervolume,
+            "trials_per_minute": 60 * self._finished_here / max(now - self._began, 1e-3),
+        }
+        self._logger.log_search(row)
 
     def _count(self, result: TrialResult) -> None:
         self._counts["finished"] += 1
@@ -205,19 +228,48 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
     console.print()
 
 
-def print_report(ready: ReadySearch, console: Console) -> None:
-    """Write the report and say where it is, or why there is none: the search is over, and nothing is lost."""
+def write(ready: ReadySearch, console: Console) -> Report | None:
+    """Write the report, or say why there is none: the search is over, and nothing is lost."""
     try:
-        path = write_report(ready.run)
+        return write_report(ready.run)
     except Exception as error:
         console.print(f"Note: no report was written: {describe(error)}", soft_wrap=True, highlight=False)
-    else:
-        console.print(f"{'Report:':<11}{path}", soft_wrap=True, highlight=False, markup=False)
+        return None
+
+
+def log_results(
+    ready: ReadySearch,
+    front: Front,
+    summary: Mapping[str, float],
+    report: Report | None,
+    logger: WandbLogger,
+) -> None:
+    """Log what the search came to."""
+    if not logs_every_trial(ready):
+        for result in ready.keeper.members:
+            logger.log_trial(result.to_record(), on_front=True)
+    logger.finish(
+        front.to_json()["trials"],
+        summary,
+        bundles={trial.trial: ready.run.path / trial.bundle for trial in front.trials},
+        aliases=front.aliases(),
+        importance=None if report is None else report.content["importance"],
+        matters=None if report is None else report.content["parameters"],
+        report=None if report is None else report.path,
+    )
+
+
+def logs_every_trial(ready: ReadySearch) -> bool:
+    """Whether trials have W&B runs as they finish; in a large search those of the front have, at its end."""
+    config = ready.checked.config
+    return config.search.trials <= config.wandb.trial_runs
 
 
 def next_steps(ready: ReadySearch, front: Front, logger: WandbLogger) -> list[tuple[str, str]]:
     """Where to look next, as (title, path or command to paste)."""
     run, steps = ready.run, []
+    if (run.path / REPORT).is_file():
+        steps.append(("Report", str(run.path / REPORT)))
     if front.trials:
         best = max(trial.retention for trial in front.trials)
         wish = "--min-retention 0.9" if best >= 0.9 else "--knee"

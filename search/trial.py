@@ -22,6 +22,7 @@ from search.durable_files import one_line
 from search.measurement import LATENCIES, decision_latency, decision_macs
 from search.prepared_base import prepare
 from search.trial_types import RepairedBy, TrialResult, TrialSettings, TrialSpec, timestamp, trial_seed
+from search.usage import Usage
 
 __all__ = ["NonFiniteError", "TrialResult", "TrialSettings", "TrialSpec", "run_trial", "trial_seed"]
 
@@ -58,12 +59,14 @@ def run_trial(
     """
     stages = Stages()
     started = timestamp()
+    usage = Usage(device)
 
     def signed(result: TrialResult) -> TrialResult:
         return replace(
             result,
             updates=stages.updates,
             timings=stages.seconds,
+            usage=usage.so_far(),
             device=device,
             host=platform.node(),
             started=started,

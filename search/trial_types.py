@@ -141,6 +141,8 @@ class TrialResult:
         repaired_by: `fine_tuning`, or `reconstruction` where that performs better on validation data or there
             was no fine-tuning; everything measured is of that state. Empty in a failed trial.
         timings: stage -> seconds.
+        usage: what the trial took of its worker: `cpu_seconds`; `memory_mb`, the most that the process has
+            ever held, in MiB; on a GPU `gpu_memory_mb`, the most that the trial held there.
         device, host: where it ran.
         started, finished: ISO 8601, UTC.
         state: the pruned model's state, which is not part of the record; None once stored, and of a failure.
@@ -169,6 +171,7 @@ class TrialResult:
     fine_tuning: Mapping[str, float] = field(default_factory=dict)
     repaired_by: RepairedBy = ""
     timings: Mapping[str, float] = field(default_factory=dict)
+    usage: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
     host: str = ""
     started: str = ""
@@ -243,6 +246,7 @@ class TrialResult:
             "fine_tuning": dict(self.fine_tuning),
             "repaired_by": self.repaired_by,
             "timings": dict(self.timings),
+            "usage": dict(self.usage),
             "device": self.device,
             "host": self.host,
             "started": self.started,
@@ -283,6 +287,7 @@ class TrialResult:
             fine_tuning=record.get("fine_tuning", {}),
             repaired_by=record.get("repaired_by", ""),
             timings=record["timings"],
+            usage=record.get("usage", {}),
             device=record["device"],
             host=record["host"],
             started=record["started"],

@@ -20,7 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from search.wandb_runs import Mode, Record
+from components.errors import UserError
+from search.wandb_records import Record
+from search.wandb_runs import Mode
 
 _WAITING_LIMIT = 10_000  # messages; more are dropped
 _CLOSE_TIMEOUT = 30.0  # seconds to finish what is waiting
@@ -89,17 +91,55 @@ class WandbLogger:
             config=config or {},
         )
 
-    def log_trial(self, record: Record) -> None:
-        """Log a finished trial as a run of its own; `record` is `TrialResult.to_record()`."""
-        self._send("trial", record=record)
+    def log_trial(self, record: Record, on_front: bool | None = None) -> None:
+        """Log a finished trial as a run of its own.
+
+        Args:
+            record: `TrialResult.to_record()`.
+            on_front: whether it is on the front now; None says nothing of that.
+        """
+        self._send("trial", record=record, on_front=on_front)
 
     def log_search(self, row: Mapping[str, float | int | None]) -> None:
         """Log the state of the search after a trial: trials finished, front size, hypervolume ..."""
         self._send("search", row={name: value for name, value in row.items() if value is not None})
 
-    def finish(self, front: Sequence[Record], summary: Record) -> None:
-        """Log the final front, one mapping per trial, as a table and a scatter plot, and a flat summary."""
-        self._send("finish", front=list(front), summary=summary)
+    def log_front(self, front: Sequence[Record]) -> None:
+        """Log the front as it stands, one mapping per trial, in place of the one before."""
+        self._send("front", front=list(front))
+
+    def finish(
+        self,
+        front: Sequence[Record],
+        summary: Record,
+        *,
+        bundles: Mapping[int, Path] | None = None,
+        aliases: Mapping[int, Sequence[str]] | None = None,
+        importance: Record | None = None,
+        matters: Record | None = None,
+        report: Path | None = None,
+    ) -> None:
+        """Log what the search came to, and end its run.
+
+        Args:
+            front: one mapping per trial: a table and a scatter plot.
+            summary: nested or flat.
+            bundles: trial -> directory: artifacts with the tag `pareto`.
+            aliases: trial -> names of its artifact, such as `knee`.
+            importance: of groups over training, as in a report: a table.
+            matters: measurement -> choice -> how much of it that explains.
+            report: a page, to be looked at beside the charts.
+        """
+        self._send(
+            "finish",
+            front=list(front),
+            summary=summary,
+            bundles={str(number): str(path.absolute()) for number, path in (bundles or {}).items()},
+            aliases={str(number): list(names) for number, names in (aliases or {}).items()},
+            importance=importance or {},
+            matters=matters or {},
+            report=None if report is None else str(report.absolute()),
+        )
 
     def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
         """Let the process finish what it was given, for at most `timeout` seconds, then end it."""
@@ -184,19 +224,52 @@ class WandbLogger:
             self._warn(sentence)
 
 
-def _start_process(log: Path) -> subprocess.Popen[str]:
+def require_key(mode: Mode) -> None:
+    """Refuse to begin a search whose runs are to be online with a key that is missing or wrong.
+
+    A server that does not answer is no reason: runs are kept offline then.
+
+    Raises:
+        UserError: what is wrong with the key.
+    """
+    if mode != "online":
+        return
+    try:
+        told = subprocess.run(
+            [*_COMMAND, "--check"],
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_CLOSE_TIMEOUT,
+        )
+        fault = json.loads(told.stdout)["fault"]
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError):
+        return
+    if fault:
+        raise UserError(f"wandb.mode is 'online', but W&B does not take the key: {fault}")
+
+
+# -P: a directory named wandb where the search was started is not the package.
+_COMMAND = [sys.executable, "-P", "-m", "search.wandb_runs"]
+
+
+def _environment() -> dict[str, str]:
     root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
+def _start_process(log: Path) -> subprocess.Popen[str]:
     with log.open("a") as errors:
         return subprocess.Popen(
-            # -P: a directory named wandb where the search was started is not the package.
-            [sys.executable, "-P", "-m", "search.wandb_runs"],
+            _COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": path},
+            env=_environment(),
             start_new_session=True,  # a terminal's Ctrl-C is not for this process
         )
 

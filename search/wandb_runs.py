@@ -12,84 +12,20 @@ import re
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from search.wandb_records import Record, flat, front_table, importance_table, trial_run
+
 Mode = Literal["auto", "online", "offline", "disabled"]
-Record = Mapping[str, Any]
+
+COURSE = ("failed", "stopped", "front_size", "hypervolume", "trials_per_minute")
+"""What the search's run has over its trials; the axis is `finished`."""
 
 _SERVER_TIMEOUT = 5  # seconds that one call to the server may take
 _FAILURE_LIMIT = 3  # failures in a row, after which nothing more is tried
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level, names joined with `/`, as are parts that dots separate.
-
-    W&B's workspaces take a dot in a name for nesting.
-    """
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        name = prefix + str(key).replace(".", "/")
-        if isinstance(value, Mapping):
-            result |= flat(value, name + "/")
-        else:
-            result[name] = value
-    return result
-
-
-def trial_run(record: Record) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """What W&B gets of a trial: its configuration, the rows of its history, and its summary; all flat.
-
-    The last row has the measurements, the ones before it the performance and the rung losses along
-    fine-tuning. What a stopped or failed trial did not measure is left out.
-    """
-    config = {
-        "trial": record["trial"],
-        "origin": record["origin"],
-        "seed": record["seed"],
-        **flat(record["ratios"], "ratio/"),
-        **flat(record["coefficients"], "coefficient/"),
-        **flat(record.get("options") or {}, "option/"),
-    }
-    rungs = [
-        *((updates, "performance", value) for updates, value in record.get("rungs") or ()),
-        *((updates, "rung_loss", value) for updates, value in record.get("rung_losses") or ()),
-    ]
-    rows: list[dict[str, Any]] = [
-        {"fine_tune/updates": updates, f"fine_tune/{name}": value} for updates, name, value in sorted(rungs)
-    ]
-    measured = {
-        **{name: record.get(name) for name in ("parameters", "size_ratio", "macs", "retention")},
-        **flat(record["objectives"]),
-        **flat(record["performance"], "performance/"),
-    }
-    measured = {name: value for name, value in measured.items() if value is not None}
-    if measured:
-        rows.append(measured)
-    summary = {
-        "status": record["status"],
-        "reason": record["reason"],
-        "updates": record.get("updates"),
-        **flat(record["component_sizes"], "size/"),
-        **flat(record["widths"], "width/"),
-        **flat(record["timings"], "seconds/"),
-        **flat(record.get("fine_tuning") or {}, "fine_tuning/"),
-        "repaired_by": record.get("repaired_by") or None,
-        **{name: record.get(name) for name in ("host", "started", "finished")},
-    }
-    return config, rows, {name: value for name, value in summary.items() if value is not None}
-
-
-def front_table(front: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
-    """The front as columns and rows: every number, text or truth value of its trials, flattened."""
-    rows = [
-        {name: value for name, value in flat(trial).items() if isinstance(value, bool | int | float | str)}
-        for trial in front
-    ]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    return columns, [[row.get(name) for name in columns] for row in rows]
 
 
 class _Runs:
@@ -128,37 +64,79 @@ class _Runs:
         self._prefix = _search_id(Path(directory) / "wandb", experiment)
         self._mode = self._resolve(mode)
         self._search = self._new_run(f"{self._prefix}-search", experiment, "search", flat(config))
+        self._search.define_metric("finished", summary="max")
+        for name in COURSE:
+            self._search.define_metric(name, step_metric="finished")
         self._report({"mode": self._mode})
 
-    def trial(self, record: dict[str, Any]) -> None:
+    def trial(self, record: dict[str, Any], on_front: bool | None = None) -> None:
         """A run for one trial."""
         config, rows, summary = trial_run(record)
-        number = record["trial"]
-        run = self._new_run(f"{self._prefix}-{number:05d}", f"trial {number}", "trial", config)
+        run = self._new_run(self._run_id(record["trial"]), f"trial {record['trial']}", "trial", config)
         for row in rows:
             run.log(row)
-        run.summary.update(summary)
+        run.summary.update(summary if on_front is None else {**summary, "on_front": on_front})
         run.finish(exit_code=1 if record["status"] == "failed" else 0)
 
     def search(self, row: dict[str, Any]) -> None:
         """One row of the search's history."""
         self._search.log(row)
 
-    def finish(self, front: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-        """The front, and the end of the search's run."""
+    def front(self, front: list[dict[str, Any]]) -> None:
+        """The front as it stands."""
         import wandb
 
-        columns, rows = front_table(front)
+        columns, rows = self._linked(front)
         if rows:
-            table = wandb.Table(columns=list(columns), data=rows)
-            content: dict[str, Any] = {"front": table}
+            self._search.log(
+                {"live_front": wandb.Table(columns=list(columns), data=rows, log_mode="MUTABLE")}
+            )
+
+    def finish(
+        self,
+        front: list[dict[str, Any]],
+        summary: dict[str, Any],
+        bundles: dict[str, str],
+        aliases: dict[str, list[str]],
+        importance: dict[str, Any],
+        matters: dict[str, Any],
+        report: str | None,
+    ) -> None:
+        """The front and what made it, the report, the front's bundles, and the end of the search's run."""
+        import wandb
+
+        content: dict[str, Any] = {}
+        columns, rows = self._linked(front)
+        if rows:
+            content["front"] = wandb.Table(columns=list(columns), data=rows)
             if {"size_ratio", "retention"} <= set(columns):
                 content["front_scatter"] = wandb.plot.scatter(
-                    table, "size_ratio", "retention", title="Retention against size"
+                    content["front"], "size_ratio", "retention", title="Retention against size"
                 )
+        columns, rows = importance_table(importance)
+        if rows:
+            content["importance"] = wandb.Table(columns=list(columns), data=rows)
+        if report is not None:
+            content["report"] = wandb.Html(
+                Path(report).read_text(encoding="utf-8"), inject=False, data_is_not_path=True
+            )
+        if content:
             self._search.log(content)
-        self._search.summary.update(flat(summary))
+        self._search.summary.update({**flat(summary), **flat(matters, "matters/")})
+        for number, bundle in bundles.items():
+            artifact = wandb.Artifact(
+                self._run_id(int(number)), type="bundle", metadata={"experiment": self._experiment}
+            )
+            artifact.add_dir(bundle)
+            self._search.log_artifact(artifact, aliases=aliases.get(number, []), tags=["pareto"])
         self.close()
+
+    def _linked(self, front: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
+        """The table of a front, with the run of every trial."""
+        return front_table([{"run": self._run_id(trial["trial"]), **trial} for trial in front])
+
+    def _run_id(self, number: int) -> str:
+        return f"{self._prefix}-{number:05d}"
 
     def close(self) -> None:
         """End the search's run, if there is one."""
@@ -226,6 +204,22 @@ class _Runs:
             return self._new_run(f"{run_id}-offline", name, job_type, config)
 
 
+def key_fault() -> str:
+    """What is wrong with the API key, in one line; empty where it is right, or no server says."""
+    import wandb
+
+    try:
+        wandb.login(verify=True, timeout=_SERVER_TIMEOUT)
+    except wandb.errors.UsageError as error:  # there is none
+        return _first_line(error)
+    except wandb.errors.AuthenticationError as error:
+        # Raised where nobody answers as well, told apart by these words alone.
+        return "" if "Failed to execute API request" in str(error) else _first_line(error)
+    except Exception:
+        return ""
+    return ""
+
+
 def _search_id(directory: Path, experiment: str) -> str:
     """What the ids of a search's runs begin with: the same for one run directory, others for any other."""
     file = directory / "search-id"
@@ -251,6 +245,9 @@ def _serve() -> None:
             print(json.dumps(content), file=reports, flush=True)
 
     runs = _Runs(report)
+    if sys.argv[1:] == ["--check"]:
+        report({"fault": key_fault()})
+        return
     for line in sys.stdin:
         runs.handle(json.loads(line))
     runs.handle({"kind": "close"})

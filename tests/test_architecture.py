@@ -188,8 +188,9 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
         ("rungs", {"trial_types"}),
         ("estimates", set()),
         ("progress", set()),
-        ("wandb_logger", {"wandb_runs", "pareto", "trial_types"}),
-        ("wandb_runs", {"pareto", "trial_types"}),
+        ("wandb_logger", {"wandb_records", "wandb_runs"}),
+        ("wandb_runs", {"wandb_records"}),
+        ("wandb_records", set()),
         (
             "report.content",
             {"durable_files", "front", "parameter_importance", "pareto", "run_directory", "trial_types"},

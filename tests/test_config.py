@@ -89,7 +89,7 @@ search:
   options: {samples: [32, 256], iterations: [1, 6]}
   early_stopping: {rungs: 2, reduction: 4, first: 0.3}
 resources: {cpus: 0.5, gpus: 0.25}
-wandb: {mode: offline, project: mine, entity: us}
+wandb: {mode: offline, project: mine, entity: us, trial_runs: 10}
 storage: postgresql://me@host/studies
 """
     config = load(text=text)

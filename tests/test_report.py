@@ -163,7 +163,7 @@ def test_what_an_experiment_is_called_cannot_break_the_page(run) -> None:
 
 def test_a_thousand_trials_fit_into_a_few_megabytes(tmp_path: Path) -> None:
     run = made_up_run(tmp_path / "large", 1000)
-    assert write_report(run).stat().st_size < 5_000_000
+    assert write_report(run).path.stat().st_size < 5_000_000
 
 
 def test_the_command_writes_it(run, capsys, monkeypatch) -> None:

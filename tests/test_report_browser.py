@@ -31,7 +31,7 @@ TRIALS = 40
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(made_up_run(tmp_path_factory.mktemp("runs") / "toy", TRIALS))
+    return write_report(made_up_run(tmp_path_factory.mktemp("runs") / "toy", TRIALS)).path
 
 
 @pytest.fixture(scope="module")

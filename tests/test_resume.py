@@ -41,7 +41,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     """trials.jsonl without what no two runs have in common."""
     found = [json.loads(line) for line in (path / "trials.jsonl").read_text().splitlines()]
     for record in found:
-        for key in ("timings", "started", "finished", "host"):
+        for key in ("timings", "usage", "started", "finished", "host"):
             del record[key]
     return found
 

@@ -181,7 +181,9 @@ def stopped_at(rung: int, trial_spec: TrialSpec, base: Base) -> TrialResult:
 def as_measured(result: TrialResult) -> dict:
     """The record without what rungs and clocks may change."""
     record = result.to_record()
-    return {k: v for k, v in record.items() if k not in ("timings", "started", "finished", "rung_losses")}
+    return {
+        k: v for k, v in record.items() if k not in ("timings", "usage", "started", "finished", "rung_losses")
+    }
 
 
 def test_rungs_are_reached_exactly_and_change_nothing_else(base) -> None:

@@ -39,7 +39,7 @@ def serial(monkeypatch):
 
 def records(run: Path) -> list[dict]:
     """The trials, without what differs from run to run."""
-    volatile = {"timings", "started", "finished"}
+    volatile = {"timings", "usage", "started", "finished"}
     lines = (run / "trials.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in volatile} for line in lines]
 

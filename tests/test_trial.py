@@ -43,7 +43,7 @@ def with_fault(base: Base, fault: str) -> Base:
 
 
 def same(first: TrialResult, second: TrialResult) -> bool:
-    ignored = {"timings": {}, "started": "", "finished": ""}
+    ignored = {"timings": {}, "usage": {}, "started": "", "finished": ""}
     one, two = (json.dumps({**r.to_record(), **ignored}) for r in (first, second))
     states = all(np.array_equal(first.state[name], second.state[name]) for name in first.state)
     return one == two and states and set(first.state) == set(second.state)
@@ -181,7 +181,7 @@ def test_repair_and_fine_tuning_each_help(base):
 def without_fine_tuning(result: TrialResult) -> dict:
     """The record of what was kept, without what tells of the way there."""
     record = result.to_record()
-    volatile = ("timings", "started", "finished", "rungs", "updates", "fine_tuning", "repaired_by")
+    volatile = ("timings", "usage", "started", "finished", "rungs", "updates", "fine_tuning", "repaired_by")
     return {name: value for name, value in record.items() if name not in volatile}
 
 
@@ -381,3 +381,12 @@ def test_records_of_before_are_read(base):
     assert len(record) == len(result.to_record()) - len(LATER)
     unknown = {"options": {}, "fine_tuning": {}, "repaired_by": "", "state": None}
     assert TrialResult.from_record(record) == dataclasses.replace(result, **unknown)
+
+
+def test_a_trial_says_what_it_took_of_its_worker(base) -> None:
+    result = run_trial(spec(), base)
+    assert 0 < result.usage["cpu_seconds"] < 600
+    assert 20 < result.usage["memory_mb"] < 100_000
+    assert set(result.usage) == {"cpu_seconds", "memory_mb"}
+    again = TrialResult.from_record(result.to_record())
+    assert again.usage == result.usage

@@ -7,16 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serial_search import EXPERIMENT
 
+from components.errors import UserError
 from search import wandb_logger
+from search.cli import main
 from search.wandb_logger import WandbLogger
-from search.wandb_runs import flat, front_table, trial_run
+from search.wandb_records import flat, front_table, importance_table, trial_run
 
 BLOCK = 32 * 1024
 
@@ -54,6 +59,9 @@ class OfflineRun:
         self.summary: dict[str, Any] = {}
         self.config: dict[str, Any] = {}
         self.exit_code: int | None = None
+        self.directory = file.parent
+        self.metrics: list[Any] = []
+        self.artifacts: list[Any] = []
         for record in wandb_records(file):
             kind = record.WhichOneof("record_type")
             if kind == "run":
@@ -65,6 +73,12 @@ class OfflineRun:
                 self.history.append(items(record.history.item))
             elif kind == "summary":
                 self.summary |= items(record.summary.update)
+            elif kind == "metric":
+                self.metrics.append(record.metric)
+            elif kind == "artifact":
+                self.artifacts.append(record.artifact)
+            elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+                self.artifacts.append(record.request.log_artifact.artifact)
             elif kind == "exit":
                 self.exit_code = record.exit.exit_code
 
@@ -100,6 +114,7 @@ def record(number: int, **changes: Any) -> dict[str, Any]:
         "fine_tuning": {"held_out_loss": 0.5},
         "repaired_by": "fine_tuning",
         "timings": {"prune": 0.01, "fine_tune": 0.5},
+        "usage": {"cpu_seconds": 1.5, "memory_mb": 300.5},
         "host": "somewhere",
         "started": "2026-01-01T00:00:00+00:00",
         "finished": "2026-01-01T00:00:01+00:00",
@@ -124,6 +139,12 @@ FAILED = {
 }
 
 
+IMPORTANCE = {
+    "steps": [10, 20],
+    "metrics": {"fisher": {"groups": ["latent", "encoder.0"], "values": [[0.5, 1.0], [-0.5, None]]}},
+}
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
     """The files of a search of two trials."""
@@ -136,15 +157,28 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
         patch.setenv("NETRC", str(directory / "netrc"))
         patch.setenv("WANDB_CONFIG_DIR", str(directory))
         with WandbLogger(directory, config={"search": {"trials": 3}}, **options) as logger:
-            logger.log_trial(record(0))
-            logger.log_search({"trials": 1, "failures": 0, "front_size": 1, "hypervolume": 0.5})
+            logger.log_trial(record(0), on_front=True)
+            logger.log_search({"finished": 1, "failed": 0, "front_size": 1, "hypervolume": 0.5})
+            logger.log_front([{"trial": 0, "size_ratio": 0.125, "retention": 0.875}])
             logger.log_trial(record(1, **FAILED))
-            logger.log_search({"trials": 2, "failures": 1, "front_size": 1, "hypervolume": None})
+            logger.log_search({"finished": 2, "failed": 1, "front_size": 1, "hypervolume": None})
+            bundle = directory / "bundle"
+            bundle.mkdir()
+            (bundle / "model.safetensors").write_bytes(b"weights")
+            (directory / "report.html").write_text("<!doctype html><p>all of it</p>")
             front = [
                 {"trial": 0, "size_ratio": 0.125, "retention": 0.875, "ratios": {"latent": 0.75}},
                 {"trial": 2, "size_ratio": 0.5, "retention": 1.0, "ratios": {"encoder.0": 0.5}},
             ]
-            logger.finish(front, {"hypervolume": 0.75, "retention_at": {"5 %": 0.25}})
+            logger.finish(
+                front,
+                {"hypervolume": 0.75, "retention_at": {"5 %": 0.25}},
+                bundles={0: bundle, 2: bundle},
+                aliases={0: ["knee", "smallest-90"]},
+                importance=IMPORTANCE,
+                matters={"retention": {"share latent": 0.75}},
+                report=directory / "report.html",
+            )
         assert logger.mode == "offline"
         assert f"wandb sync --include-online --yes {directory / 'wandb'}" in (logger.where() or "")
     assert warnings == []
@@ -194,6 +228,8 @@ def test_a_trial_has_its_configuration_measurements_and_losses(logged: dict[str,
         "size/encoder": 600,
         "width/encoder/0": 16,
         "seconds/prune": 0.01,
+        "on_front": True,
+        "usage/memory_mb": 300.5,
     }.items():
         assert run.summary[name] == value
     assert run.exit_code == 0
@@ -222,16 +258,63 @@ def test_a_failed_trial_has_its_reason(logged: dict[str, OfflineRun]) -> None:
 def test_the_search_has_its_course_and_its_front(logged: dict[str, OfflineRun]) -> None:
     run = logged["digits"]
     assert run.config["search/trials"] == 3
-    first, second, last = run.history
-    assert (first["trials"], first["failures"], first["front_size"], first["hypervolume"]) == (1, 0, 1, 0.5)
-    assert (second["trials"], second["failures"]) == (2, 1)
+    first, live, second, last = run.history
+    assert (first["finished"], first["failed"], first["front_size"], first["hypervolume"]) == (1, 0, 1, 0.5)
+    assert (second["finished"], second["failed"]) == (2, 1)
     assert "hypervolume" not in second
-    assert (last["front/_type"], last["front/nrows"], last["front/ncols"]) == ("table-file", 2, 5)
+    assert (live["live_front/_type"], live["live_front/nrows"]) == ("table-file", 1)
+    assert live["live_front/log_mode"] == "MUTABLE"
+    assert (last["front/_type"], last["front/nrows"], last["front/ncols"]) == ("table-file", 2, 6)
+    assert (last["importance/nrows"], last["importance/ncols"]) == (3, 4)
+    assert last["report/_type"] == "html-file"
     assert run.summary["hypervolume"] == 0.75
     assert run.summary["retention_at/5 %"] == 0.25
+    assert run.summary["matters/retention/share latent"] == 0.75
     assert run.exit_code == 0
     assert last["front_scatter_table/nrows"] == 2
     assert "front_scatter" in json.dumps(run.config)
+
+
+def test_what_is_over_trials_has_them_as_its_axis(logged: dict[str, OfflineRun]) -> None:
+    steps = {metric.name: metric.step_metric for metric in logged["digits"].metrics}
+    over = {"failed", "stopped", "front_size", "hypervolume", "trials_per_minute"}
+    assert {name for name, step in steps.items() if step == "finished"} == over
+
+
+def test_media_are_what_was_handed_over(logged: dict[str, OfflineRun]) -> None:
+    run = logged["digits"]
+    files = run.directory / "files"
+    last = run.history[-1]
+    page = files / last["report/path"]
+    assert page.read_text() == "<!doctype html><p>all of it</p>"
+    table = json.loads((files / last["front/path"]).read_text())
+    place = {name: i for i, name in enumerate(table["columns"])}
+    prefix = run.run.run_id.removesuffix("-search")
+    assert [row[place["run"]] for row in table["data"]] == [f"{prefix}-00000", f"{prefix}-00002"]
+    assert [row[place["retention"]] for row in table["data"]] == [0.875, 1.0]
+
+
+def test_the_fronts_bundles_are_artifacts(logged: dict[str, OfflineRun]) -> None:
+    run = logged["digits"]
+    prefix = run.run.run_id.removesuffix("-search")
+    found = {artifact.name: artifact for artifact in run.artifacts}
+    assert {f"{prefix}-00000", f"{prefix}-00002"} <= set(found)
+    first, other = found[f"{prefix}-00000"], found[f"{prefix}-00002"]
+    assert (first.type, list(first.tags)) == ("bundle", ["pareto"])
+    assert {"knee", "smallest-90"} <= set(first.aliases)
+    assert "knee" not in other.aliases
+    assert [entry.path for entry in first.manifest.contents] == ["model.safetensors"]
+
+
+def test_importance_is_a_row_for_each_number() -> None:
+    columns, rows = importance_table(IMPORTANCE)
+    assert columns == ["metric", "group", "step", "value"]
+    assert rows == [
+        ["fisher", "latent", 10, 0.5],
+        ["fisher", "latent", 20, 1.0],
+        ["fisher", "encoder.0", 10, -0.5],
+    ]
+    assert importance_table({}) == (columns, [])
 
 
 def test_a_resumed_search_keeps_its_ids(tmp_path: Path) -> None:
@@ -273,6 +356,68 @@ def test_online_without_a_key_is_said(tmp_path: Path) -> None:
     [warning] = warnings
     assert "No API key configured" in warning
     assert set(offline_runs(tmp_path)) == {"digits", "trial 0"}
+
+
+def test_a_missing_key_is_said_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("toy.yaml").write_text(EXPERIMENT)
+    assert main(["search", "toy.yaml", "--set", "wandb.mode=online"]) == 2
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(
+        "prunefront: wandb.mode is 'online', but W&B does not take the key: No API key"
+    )
+    assert not Path("runs").exists()
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A server that knows nobody."""
+
+    answer = b'{"errors": [{"message": "user is not logged in", "extensions": {"code": "PERMISSION_ERROR"}}]}'
+    status = 401
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(self.status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(self.answer)))
+        self.end_headers()
+        self.wfile.write(self.answer)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Nothing."""
+
+
+class Unknowing(Refusing):
+    """A server that takes the key of nobody."""
+
+    answer = b'{"data": {"viewer": null}}'
+    status = 200
+
+
+@pytest.mark.parametrize("handler", [Refusing, Unknowing])
+def test_a_wrong_key_is_said_before_anything_is_done(handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(UserError, match="'online', but W&B does not take the key: Failed to auth"):
+            wandb_logger.require_key("online")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("mode", ["auto", "offline", "disabled"])
+def test_other_modes_need_no_key(mode: Any) -> None:
+    wandb_logger.require_key(mode)
+
+
+def test_a_server_that_does_not_answer_keeps_no_search_from_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    wandb_logger.require_key("online")
 
 
 def test_a_process_that_is_killed_costs_one_sentence(tmp_path: Path) -> None:

@@ -6,21 +6,41 @@ The charts are Apache ECharts, of which `assets/README.md` says how the part in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from search.durable_files import write_text
 from search.report.content import gather
 from search.report.page import render
 from search.run_directory import RunDirectory
 
+REPORT = "report.html"
+"""Its name in a run directory."""
 
-def write_report(run: RunDirectory) -> Path:
-    """Write the report of a search as it stands into its run directory; returns where it is.
+
+@dataclass(frozen=True)
+class Report:
+    """A report that was written.
+
+    Attributes:
+        path: of the file.
+        content: what it shows, as `gather` makes it.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+
+
+def write_report(run: RunDirectory) -> Report:
+    """Write the report of a search as it stands into its run directory.
 
     Raises:
         UserError: no trial was completed, or a file of the run is damaged.
         OSError: it cannot be written.
     """
-    path = run.path / "report.html"
-    write_text(path, render(gather(run)))
-    return path
+    content = gather(run)
+    path = run.path / REPORT
+    write_text(path, render(content))
+    return Report(path, content)

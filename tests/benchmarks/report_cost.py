@@ -35,7 +35,7 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
     with tempfile.TemporaryDirectory() as directory:
         made = made_up_run(Path(directory) / "toy", options.trials)
         start = time.perf_counter()
-        path = write_report(made)
+        path = write_report(made).path
         written = time.perf_counter() - start
         size = path.stat().st_size
         with sync_playwright() as playwright:
