@@ -88,7 +88,7 @@ class KilledSearch:
         """Let so many further trials finish, and kill; a search that ends before that is let go."""
         before = self.finished
         if kind == "between":
-            self._stop()
+            self.stop()
             self._start(["-c", BETWEEN, str(after)])
             self._await(lambda: self._ended)
             self._require_code(-9)
@@ -98,15 +98,14 @@ class KilledSearch:
             if self._ended:
                 self._start(["-m", "search.cli"])
             self._await(lambda: self._ended or self.finished >= before + after)
-            if not self._ended:
-                break
-            self._require_code(*LOST)  # to the kill before; it goes on
-        time.sleep(0.3 * random_source.random())
-        victims = self._victims(kind)
-        if not victims and not self._ended:  # workers are just being replaced
+            time.sleep(0.3 * random_source.random())
+            # Where workers are just being replaced, there is none for a moment.
             self._await(lambda: self._ended or bool(self._victims(kind)))
-            victims = self._victims(kind)
-        assert victims, f"nothing to kill: {kind}\n{self.tail()}"
+            victims = [] if self._ended else self._victims(kind)
+            if victims:
+                break
+            if self._ended:
+                self._require_code(*LOST)  # to the kill before; it goes on
         with suppress(ProcessLookupError):
             os.kill(victims[0], signal.SIGKILL)
         self.log.append(f"killed {kind} {victims[:1]} at {self.finished} of {self.trials}")
@@ -159,7 +158,8 @@ class KilledSearch:
             )
         self._starts += 1
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End the process, if there is one."""
         if not self._ended:
             assert self._process is not None
             self._process.kill()

@@ -32,11 +32,14 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         search = KilledSearch(Path(directory), trials=TRIALS_PER_KILL * options.kills)
-        for number, kind in enumerate(kinds, start=1):
-            search.kill(kind, after=source.randint(1, TRIALS_PER_KILL - 1), random_source=source)
-            print(f"{number}/{len(kinds)}: {search.log[-1]}", file=sys.stderr, flush=True)
-        search.finish()
-        verify(search)
+        try:
+            for number, kind in enumerate(kinds, start=1):
+                search.kill(kind, after=source.randint(1, TRIALS_PER_KILL - 1), random_source=source)
+                print(f"{number}/{len(kinds)}: {search.log[-1]}", file=sys.stderr, flush=True)
+            search.finish()
+            verify(search)
+        finally:
+            search.stop()
     return {
         "kills": len(kinds),
         "by_kind": dict(Counter(kinds)),
