@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -200,6 +201,8 @@ class _Runs:
                 raise
             self._mode = "offline"
             self._offline(error)
+            for attempt in (Path(self._directory) / "wandb").glob(f"run-*-{run_id}"):
+                shutil.rmtree(attempt, ignore_errors=True)  # uploaded later, it would be an empty run
             # The id stays taken by the attempt.
             return self._new_run(f"{run_id}-offline", name, job_type, config)
 

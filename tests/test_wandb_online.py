@@ -1,0 +1,144 @@
+"""The real W&B client against a server on loopback: what arrives, and what is kept where that misbehaves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_wandb_logger import FAILED, IMPORTANCE, offline_runs, record
+from wandb_server import WandbServer, wandb_server
+
+from search.cli import main
+from search.wandb_logger import WandbLogger, require_key
+
+pytestmark = pytest.mark.slow
+TRIALS = 3
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    with wandb_server() as running:
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", running.url)
+        yield running
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory, as far as `sync` looks at it."""
+    path = tmp_path / "runs" / "digits"
+    path.mkdir(parents=True)
+    (path / "experiment.yaml").write_text("agent: {kind: autoencoder}\n")
+    return path
+
+
+def log(logger: WandbLogger, number: int) -> None:
+    logger.log_trial(record(number, **(FAILED if number == 1 else {})), on_front=number == 0)
+    logger.log_search({"finished": number + 1, "failed": int(number >= 1), "hypervolume": 0.25})
+
+
+def check(server: WandbServer, prefix: str, what_came: dict[int, str]) -> None:
+    """Every run of the search is on the server, whole."""
+    whole = {run_id for run_id, found in server.runs.items() if found.complete}
+    assert {f"{prefix}-search", *(f"{prefix}-{number:05d}" for number in what_came)} <= whole
+    search = server.runs[f"{prefix}-search"]
+    assert (search.name, search.job_type, search.group) == ("digits", "search", "digits")
+    rows = [row["finished"] for row in search.history.values() if "finished" in row]
+    assert rows == list(range(1, TRIALS + 1))
+    for number, status in what_came.items():
+        trial = server.runs[f"{prefix}-{number:05d}"]
+        assert (trial.name, trial.job_type, trial.group) == (f"trial {number}", "trial", "digits")
+        assert trial.config["trial"] == number
+        assert trial.config["ratio/latent"] == 0.75
+        assert trial.summary["status"] == status
+        assert trial.exit_code == int(status == "failed")
+        assert len(trial.history) == (0 if status == "failed" else 3)
+
+
+def prefix_of(run: Path) -> str:
+    return (run / "wandb" / "search-id").read_text()
+
+
+def test_everything_arrives(server: WandbServer, run: Path, tmp_path: Path) -> None:
+    require_key("online")
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "report.html").write_text("<p>all of it</p>")
+    front = [{"trial": 0, "size_ratio": 0.125, "retention": 0.875}]
+    warnings: list[str] = []
+    with WandbLogger(run, experiment="digits", mode="auto", warn=warnings.append) as logger:
+        for number in range(TRIALS):
+            log(logger, number)
+        logger.log_front(front)
+        logger.finish(
+            front,
+            {"hypervolume": 0.5},
+            bundles={0: bundle},
+            aliases={0: ["knee", "smallest-95"]},
+            importance=IMPORTANCE,
+            report=tmp_path / "report.html",
+        )
+    assert (logger.mode, warnings) == ("online", [])
+    prefix = prefix_of(run)
+    check(server, prefix, {0: "complete", 1: "failed", 2: "complete"})
+    assert server.runs[f"{prefix}-search"].summary["hypervolume"] == 0.5
+    kinds = {artifact.name: artifact.type for artifact in server.artifacts.values()}
+    assert kinds[f"{prefix}-00000"] == "bundle"
+    tables = ("live_front", "front", "importance")
+    assert {f"run-{prefix}-search-{name}" for name in tables} <= set(kinds)
+    [found] = [artifact for artifact in server.artifacts.values() if artifact.type == "bundle"]
+    assert {"knee", "smallest-95"} <= found.aliases
+    assert found.tags == {"pareto"}
+    assert all(artifact.committed for artifact in server.artifacts.values())
+    assert b"weights" in server.files.values()
+    assert b"<p>all of it</p>" in server.files.values()
+
+
+@pytest.mark.parametrize("behaviour", ["refuse", "stall", "limit", "drop"])
+def test_what_a_misbehaving_server_does_not_take_is_kept_and_uploaded_later(
+    behaviour: Any, server: WandbServer, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    logger = WandbLogger(run, experiment="digits", mode="online", warn=warnings.append)
+    with contextlib.closing(logger):
+        log(logger, 0)
+        while len(server.runs) < 2:  # until the first has begun
+            assert logger._process is not None
+            assert logger._process.poll() is None
+        server.behaviour = behaviour
+        for number in range(1, TRIALS):
+            log(logger, number)
+        logger.finish([], {"hypervolume": 0.5})
+        logger.close(timeout=90)
+    assert len(warnings) <= 1, "it is said once"
+    server.behaviour = "fine"
+    monkeypatch.chdir(run.parent.parent)
+    assert main(["sync", "digits"]) == 0
+    found = {number: "failed" if number == 1 else "complete" for number in range(TRIALS)}
+    names = {received.name: run_id for run_id, received in server.runs.items()}
+    assert len(names) == len(server.runs), "each is there once"
+    assert all(received.complete for received in server.runs.values())
+    assert set(names) == {"digits", *(f"trial {number}" for number in found)}
+    for number, status in found.items():
+        received = server.runs[names[f"trial {number}"]]
+        assert received.summary["status"] == status
+        assert received.config["trial"] == number
+    rows = [row["finished"] for row in server.runs[names["digits"]].history.values() if "finished" in row]
+    assert rows == list(range(1, TRIALS + 1))
+
+
+def test_offline_runs_are_uploaded_by_sync(
+    server: WandbServer, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with WandbLogger(run, experiment="digits", mode="offline") as logger:
+        for number in range(TRIALS):
+            log(logger, number)
+    assert server.runs == {}
+    assert len(offline_runs(run)) == TRIALS + 1
+    monkeypatch.chdir(run.parent.parent)
+    assert main(["sync", "digits"]) == 0
+    check(server, prefix_of(run), {0: "complete", 1: "failed", 2: "complete"})
