@@ -369,9 +369,16 @@ class WandbConfig(_Section):
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = Field("prunefront", min_length=1)
+    project: str = Field("prunefront", min_length=1, max_length=128)
     entity: str | None = None
     trial_runs: int = Field(500, ge=0)
+
+    @field_validator("project", "entity")
+    @classmethod
+    def _speakable(cls, name: str | None) -> str | None:
+        if name is not None and (found := sorted(set(name) & set("/\\#?%:"))):
+            raise Fault(f"it must not contain {found[0]!r}", value=shown(name))
+        return name
 
 
 class ExperimentConfig(_Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from search.front_chart import front_chart
 
 _LINE_EVERY = 5.0  # seconds between plain lines
 
@@ -79,6 +81,7 @@ class _Display:
         self._clock = clock
         self._started = clock()
         self._lines: list[str] = []
+        self._picture: list[str] = []  # below the lines, on a terminal only
         self._done, self._total = 0, 1
         self._printed: list[str] = []
         self._printed_at = self._started
@@ -117,7 +120,7 @@ class _Display:
         bar = ProgressBar(total=self._total, completed=self._done, width=min(60, self._console.width))
         rows = Table.grid()
         rows.add_row(bar)
-        for line in self._lines:
+        for line in (*self._lines, *self._picture):
             rows.add_row(Text(line, overflow="ellipsis", no_wrap=True))
         return rows
 
@@ -148,8 +151,15 @@ class SearchProgress(_Display):
         hypervolume: float | None,
         last_failure: str | None = None,
         stopped: int = 0,
+        front: Sequence[tuple[float, float]] = (),
     ) -> None:
-        """Show a new state; the arguments are those of `SearchStatus`, which adds the rate and time left."""
+        """Show a new state.
+
+        Args:
+            finished, failed, front_size, hypervolume, last_failure, stopped: as in `SearchStatus`, which adds
+                the rate and the time left.
+            front: size ratio and retention of its trials, drawn on a terminal.
+        """
         now = self._clock()
         if self._first is None and finished:
             self._first = (now, finished)
@@ -172,6 +182,9 @@ class SearchProgress(_Display):
         lines = [status_line(self.status)]
         if last_failure:
             lines.append(f"last failure: {last_failure}")
+        if front and self._live:
+            sizes, retention = zip(*front, strict=True)
+            self._picture = front_chart(sizes, retention, width=max(20, min(60, self._console.width - 12)))
         self._show(finished, self._total_trials, lines)
 
 

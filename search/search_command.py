@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -29,7 +30,7 @@ from search.front_table import (
 from search.paste import command_name
 from search.progress import SearchProgress, TrainingProgress, duration
 from search.ray_connection import require_answer
-from search.report import REPORT, Report, write_report
+from search.report import Report, write_report
 from search.trial_types import TrialResult
 from search.wandb_logger import WandbLogger, require_key
 
@@ -108,7 +109,7 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
         log_results(ready, front, {**front.hypervolumes(), **counts}, report, logger)
         if complete:
             print_results(ready, front, outcome, console)
-            for title, value in next_steps(ready, front, logger):
+            for title, value in next_steps(ready, front, logger, report):
                 console.print(f"{title + ':':<11}{value}", soft_wrap=True, highlight=False, markup=False)
         if outcome.interrupted:
             logger.close(INTERRUPTED_SECONDS)
@@ -146,12 +147,15 @@ class Watcher:
             front_size=len(members),
             hypervolume=hypervolume,
             last_failure=self._last_failure,
+            front=[(member.size_ratio or 1.0, member.retention or 0.0) for member in members],
         )
         self._finished_here += 1
         now = time.monotonic()
         on_front = any(member.number == result.number for member in members)
         if self._logs_trials:
             self._logger.log_trial(result.to_record(), on_front)
+            if on_front:
+                self._logger.log_members([member.number for member in members])
         if on_front and now - self._front_logged > FRONT_SECONDS:
             self._front_logged = now
             self._logger.log_front(self._keeper.front().to_json()["trials"])
@@ -254,9 +258,13 @@ def log_results(
         bundles={trial.trial: ready.run.path / trial.bundle for trial in front.trials},
         aliases=front.aliases(),
         importance=None if report is None else report.content["importance"],
-        matters=None if report is None else report.content["parameters"],
+        matters=None if report is None else _shares(report.content["parameters"]),
         report=None if report is None else report.path,
     )
+
+
+def _shares(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: explained["shares"] for name, explained in parameters.items()}
 
 
 def logs_every_trial(ready: ReadySearch) -> bool:
@@ -265,11 +273,13 @@ def logs_every_trial(ready: ReadySearch) -> bool:
     return config.search.trials <= config.wandb.trial_runs
 
 
-def next_steps(ready: ReadySearch, front: Front, logger: WandbLogger) -> list[tuple[str, str]]:
+def next_steps(
+    ready: ReadySearch, front: Front, logger: WandbLogger, report: Report | None
+) -> list[tuple[str, str]]:
     """Where to look next, as (title, path or command to paste)."""
     run, steps = ready.run, []
-    if (run.path / REPORT).is_file():
-        steps.append(("Report", str(run.path / REPORT)))
+    if report is not None:
+        steps.append(("Report", str(report.path)))
     if front.trials:
         best = max(trial.retention for trial in front.trials)
         wish = "--min-retention 0.9" if best >= 0.9 else "--knee"
@@ -282,8 +292,7 @@ def next_steps(ready: ReadySearch, front: Front, logger: WandbLogger) -> list[tu
     if logger.mode == "online":
         steps.append(("W&B", f"online, and in {logger.directory}"))
     elif logger.mode != "disabled":
-        sync = f"{command_name('wandb')} sync --include-online --yes {logger.directory}"
-        steps.append(("W&B", f"{logger.directory}; to upload: {sync}"))
+        steps.append(("W&B", f"{logger.directory}; to upload: {command_name()} sync {run.path}"))
     return steps
 
 

@@ -96,9 +96,13 @@ class WandbLogger:
 
         Args:
             record: `TrialResult.to_record()`.
-            on_front: whether it is on the front now; None says nothing of that.
+            on_front: whether it is on the front now, until `log_members` says otherwise; None for unknown.
         """
         self._send("trial", record=record, on_front=on_front)
+
+    def log_members(self, numbers: Sequence[int]) -> None:
+        """Say which trials are on the front now."""
+        self._send("members", numbers=list(numbers))
 
     def log_search(self, row: Mapping[str, float | int | None]) -> None:
         """Log the state of the search after a trial: trials finished, front size, hypervolume ..."""
@@ -255,9 +259,13 @@ def require_key(mode: Mode) -> None:
 _COMMAND = [sys.executable, "-P", "-m", "search.wandb_runs"]
 
 
-def _environment() -> dict[str, str]:
+def _environment(directory: Path | None = None) -> dict[str, str]:
+    """Of the logging process, which keeps everything in a directory."""
     root = str(Path(__file__).resolve().parent.parent)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    # Artifacts wait there for their upload; W&B's own choice is the home directory.
+    data = {} if directory is None else {"WANDB_DATA_DIR": str(directory.absolute() / "data")}
+    return {**os.environ, **data, "PYTHONPATH": path}
 
 
 def _start_process(log: Path) -> subprocess.Popen[str]:
@@ -269,7 +277,7 @@ def _start_process(log: Path) -> subprocess.Popen[str]:
             stderr=errors,
             text=True,
             encoding="utf-8",
-            env=_environment(),
+            env=_environment(log.parent),
             start_new_session=True,  # a terminal's Ctrl-C is not for this process
         )
 

@@ -35,17 +35,26 @@ class _Runs:
     def __init__(self, report: Callable[[dict[str, str]], None]) -> None:
         self._report = report
         self._search: Any = None
+        self._open: dict[int, Any] = {}  # runs of the trials that are on the front
         self._failures = 0
 
     def handle(self, message: dict[str, Any]) -> None:
-        """Do what one message says; after several failures in a row, nothing any more."""
-        if self._failures == _FAILURE_LIMIT:
+        """Do what one message says.
+
+        After several failures in a row nothing but the end; after one at the start, nothing at all.
+        """
+        kind = message.pop("kind")
+        if (self._search is None and kind != "start") or (
+            self._failures >= _FAILURE_LIMIT and kind not in ("finish", "close")
+        ):
             return
         try:
-            getattr(self, message.pop("kind"))(**message)
+            getattr(self, kind)(**message)
         except Exception as error:
             self._failures += 1
-            self._report({"warning": f"W&B logging failed ({_first_line(error)}); the search goes on"})
+            ends = self._failures == _FAILURE_LIMIT or kind == "start"
+            goes = "no more is logged, and the search goes on" if ends else "the search goes on"
+            self._report({"warning": f"W&B logging failed ({_first_line(error)}); {goes}"})
         else:
             self._failures = 0
 
@@ -77,7 +86,17 @@ class _Runs:
         for row in rows:
             run.log(row)
         run.summary.update(summary if on_front is None else {**summary, "on_front": on_front})
-        run.finish(exit_code=1 if record["status"] == "failed" else 0)
+        if on_front:
+            self._open[record["trial"]] = run  # it may yet leave the front
+        else:
+            run.finish(exit_code=1 if record["status"] == "failed" else 0)
+
+    def members(self, numbers: list[int]) -> None:
+        """Which trials are on the front now: the runs of those that have left it end."""
+        for number in [number for number in self._open if number not in numbers]:
+            run = self._open.pop(number)
+            run.summary.update({"on_front": False})
+            run.finish()
 
     def search(self, row: dict[str, Any]) -> None:
         """One row of the search's history."""
@@ -140,7 +159,9 @@ class _Runs:
         return f"{self._prefix}-{number:05d}"
 
     def close(self) -> None:
-        """End the search's run, if there is one."""
+        """End all runs that are open."""
+        while self._open:
+            self._open.popitem()[1].finish()
         if self._search is not None:
             self._search.finish()
             self._search = None

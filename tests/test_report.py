@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_every_trial_is_there_with_what_it_measured(run, content) -> None:
     assert trials["number"] == sorted(records)
     for index, number in enumerate(trials["number"]):
         record = records[number]
-        for name in ("status", "origin", "reason", "parameters", "macs", "updates", "seed"):
+        for name in ("status", "origin", "reason", "parameters", "macs", "device"):
             assert trials[name][index] == record[name]
         for name in ("size_ratio", "retention"):
             known = record[name]
@@ -56,12 +57,9 @@ def test_every_trial_is_there_with_what_it_measured(run, content) -> None:
             g: w for g, w in zip(trials["groups"], trials["widths"][index], strict=True) if w is not None
         }
         assert widths == record["widths"]
-        sizes = {
-            c: n
-            for c, n in zip(trials["components"], trials["component_sizes"][index], strict=True)
-            if n is not None
-        }
-        assert sizes == record["component_sizes"]
+        timings = dict(zip(trials["stages"], trials["timings"][index], strict=True))
+        for stage, seconds in record["timings"].items():
+            assert timings[stage] == pytest.approx(seconds, rel=0.01)
         for group, ratio in record["ratios"].items():
             assert content["choices"][f"share {group}"][index] == pytest.approx(1 - ratio, rel=1e-3)
         for metric, weight in record["coefficients"].items():
@@ -95,11 +93,13 @@ def test_importance_is_relative_to_the_average_channel(run, content) -> None:
     assert sorted(found["groups"]) == sorted(groups)
     for column, step in enumerate(content["importance"]["steps"]):
         row = steps.index(step)
-        means = {group: float(stored[f"history/{metric}/{group}"][row].mean()) for group in groups}
-        average = sum(means.values()) / len(means)
+        scores = {group: stored[f"history/{metric}/{group}"][row].tolist() for group in groups}
+        every = [score for channels in scores.values() for score in channels]
+        average = sum(every) / len(every)
         for group, values in zip(found["groups"], found["values"], strict=True):
-            if means[group] > 0:
-                assert values[column] == pytest.approx(math.log2(means[group] / average), abs=0.01)
+            mean = sum(scores[group]) / len(scores[group])
+            if mean > 0:
+                assert values[column] == pytest.approx(math.log2(mean / average), abs=0.01)
 
 
 def test_failures_are_counted_by_reason(run, content) -> None:
@@ -130,12 +130,79 @@ def test_the_choice_that_decides_is_found() -> None:
         )
     found = parameter_importance(results, ["parameters", "error", "nothing"])
     assert set(found) == {"parameters", "error"}
-    assert next(iter(found["parameters"])) == "share a"
-    assert found["parameters"]["share a"] > 0.9
-    assert list(found["error"])[:2] == ["share b", "share c"]
-    assert found["error"]["share b"] > 0.8
-    assert "weight l2" not in found["error"], "it never differs"
-    assert parameter_importance(results[:5], ["parameters"]) == {}
+    sizes, errors = found["parameters"]["shares"], found["error"]["shares"]
+    assert next(iter(sizes)) == "share a"
+    assert sizes["share a"] > 0.9
+    assert list(errors)[:2] == ["share b", "share c"]
+    assert errors["share b"] > 0.8
+    assert "weight l2" not in errors, "it never differs"
+    assert found["parameters"]["foretold"] > 0.8
+    assert parameter_importance(results[:19], ["parameters"]) == {}
+
+
+def test_of_noise_nothing_is_said_and_small_numbers_count_like_large_ones() -> None:
+    rng = np.random.default_rng(1)
+    results = [
+        TrialResult(
+            number,
+            "complete",
+            PruningPlan({"l2": 1.0}, {"a": a, "b": b}),
+            "random",
+            0,
+            objectives={"noise": float(rng.normal()), "tiny": 1e-9 * a},
+        )
+        for number, (a, b) in enumerate(rng.uniform(0, 0.98, (60, 2)))
+    ]
+    found = parameter_importance(results, ["noise", "tiny"])
+    assert set(found) == {"tiny"}
+    assert found["tiny"]["shares"]["share a"] > 0.9
+
+
+def test_what_only_repeats_another_measurement_is_left_out() -> None:
+    rng = np.random.default_rng(2)
+    results = [
+        TrialResult(
+            number,
+            "complete",
+            PruningPlan({"l2": 1.0}, {"a": a, "b": 0.5}),
+            "random",
+            0,
+            objectives={"error": 2 * a},
+            retention=1 - a,
+        )
+        for number, a in enumerate(rng.uniform(0, 0.98, 40))
+    ]
+    assert set(parameter_importance(results, ["error", "retention"])) == {"error"}
+
+
+def test_trials_that_miss_the_constraints_do_not_count(tmp_path) -> None:
+    path = tmp_path / "toy"
+    search_serially(path, "search.trials=24", "search.constraints={retention: '>= 0.7'}")
+    content = gather(RunDirectory(path))
+    front = json.loads((path / "front.json").read_text())
+    assert content["constraints"] == ["retention >= 0.7"]
+    assert content["course"]["hypervolume"][-1] == pytest.approx(front["hypervolume"], rel=1e-4)
+    records = {
+        record["trial"]: record
+        for record in map(json.loads, (path / "trials.jsonl").read_text().splitlines())
+    }
+    for number, meets in zip(content["trials"]["number"], content["trials"]["feasible"], strict=True):
+        record = records[number]
+        assert meets == (record["status"] == "complete" and record["retention"] >= 0.7)
+    assert not all(content["trials"]["feasible"])
+
+
+def test_time_is_that_in_which_trials_ran(tmp_path) -> None:
+    made = made_up_run(tmp_path / "paused", 30)  # two seconds each, one second after the other
+    lines = [json.loads(line) for line in made.trials.read_text().splitlines()]
+    for record in lines[20:]:  # three days later
+        for name in ("started", "finished"):
+            moment = datetime.fromisoformat(record[name]) + timedelta(days=3)
+            record[name] = moment.isoformat()
+    made.trials.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    seconds = gather(made)["course"]["seconds"]
+    assert seconds[:20] == [2.0 + number for number in range(20)]
+    assert seconds[20:] == [21.0 + 2.0 + number for number in range(10)]
 
 
 def test_the_page_is_one_file_that_asks_for_nothing(run) -> None:
@@ -151,7 +218,7 @@ def test_what_an_experiment_is_called_cannot_break_the_page(run) -> None:
     content = {
         **gather(run),
         "experiment": '</script><img src=x onerror="alert(1)">',
-        "configuration": "{{title}} </SCRIPT>",
+        "configuration": "{{title}} </SCRIPT> <!--<script> x",
     }
     page = render(content)
     assert page.count("<script") == page.count("</script>") == 3

@@ -71,6 +71,13 @@ def content_of(report: Path) -> dict:
     return json.loads(page.split('<script id="content" type="application/json">')[1].split("</script>")[0])
 
 
+DRAWN = """() => Object.fromEntries(charts.map((chart) => [
+    chart.getDom().id.replace("-chart", ""),
+    Object.fromEntries(chart.getOption().series.map((one) => [one.name ?? "", one.data.length])),
+]))"""
+"""How many things every series of every chart has."""
+
+
 def scroll_through(page: api.Page) -> None:
     for share in range(11):
         page.evaluate(f"scrollTo(0, document.body.scrollHeight * {share / 10})")
@@ -78,11 +85,24 @@ def scroll_through(page: api.Page) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, width, height) -> None:
+def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, report, width, height) -> None:
     page = opened(width, height)
     scroll_through(page)
-    for chart in ("front", "course", "parallel", "importance"):
-        assert page.locator(f"#{chart}-chart svg path").count() > 3, chart
+    content = content_of(report)
+    complete = content["trials"]["status"].count("complete")
+    drawn = page.evaluate(DRAWN)
+    assert drawn["front"]["front"] == len(content["front"]["trial"])
+    assert (
+        drawn["front"]["dominated"] + drawn["front"]["front"] + drawn["front"].get("starting points", 0)
+        == complete
+    )
+    assert drawn["course"] == {"": TRIALS}
+    assert drawn["parallel"] == {"": complete}
+    metric = next(iter(content["importance"]["metrics"].values()))
+    assert drawn["importance"] == {"": sum(value is not None for row in metric["values"] for value in row)}
+    # As many marks are really there as the chart was given.
+    assert page.locator("#front-chart svg path").count() > complete
+    assert page.locator("#importance-chart svg path").count() > drawn["importance"][""]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("#warning").is_hidden()
 
@@ -94,7 +114,7 @@ def test_a_point_that_is_clicked_is_shown_beside_the_chart(opened, report) -> No
     row = page.locator("#front-table tbody tr").nth(len(front) - 1)
     row.click()
     assert page.locator("#detail h3").inner_text() == f"Trial {front[-1]}"
-    assert row.get_attribute("aria-selected") == "true"
+    assert row.get_attribute("aria-current") == "true"
     index = content["trials"]["number"].index(front[0])
     # Where ECharts has drawn the trial is known to the chart alone.
     page.evaluate("scrollTo(0, 0)")

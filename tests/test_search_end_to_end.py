@@ -88,7 +88,7 @@ def test_a_search_on_ray_with_optuna_and_offline_wandb_from_the_command_line(cap
     for entry in found["trials"]:
         assert 0 < entry["test_retention"] <= entry["retention"] + 0.2
         assert (run / entry["bundle"] / "architecture.json").is_file()
-    for shown in ("Base: ", "hypervolume", "Best retention", "median trial ", "Select:", "wandb sync"):
+    for shown in ("Base: ", "hypervolume", "Best retention", "median trial ", "Select:", "to upload:"):
         assert shown in output, shown
     assert "failed" not in output
     # What is printed to paste works.

@@ -14,7 +14,7 @@ from test_wandb_logger import offline_runs
 
 from search.cli import main
 
-TRIALS = 14
+TRIALS = 24
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_every_trial_and_what_the_search_came_to(toy: Path) -> None:
         whole.directory / "files" / last["report/path"]
     ).read_bytes()
     assert last["importance/nrows"] > 0
-    assert any(name.startswith("matters/retention/share ") for name in whole.summary)
+    assert any(name.startswith("matters/parameters/share ") for name in whole.summary)
     bundles = {artifact.name: artifact for artifact in whole.artifacts if artifact.type == "bundle"}
     prefix = whole.run.run_id.removesuffix("-search")
     assert set(bundles) == {f"{prefix}-{number:05d}" for number in of_front(toy)}
@@ -61,6 +61,7 @@ def test_every_trial_and_what_the_search_came_to(toy: Path) -> None:
         assert summary["status"] == "complete"
         assert summary["usage/memory_mb"] > 0
         assert summary["usage/cpu_seconds"] >= 0
+        assert summary["on_front"] == (number in of_front(toy))
 
 
 def test_a_large_search_has_runs_for_itself_and_its_front_only(toy: Path) -> None:

@@ -317,6 +317,58 @@ def test_importance_is_a_row_for_each_number() -> None:
     assert importance_table({}) == (columns, [])
 
 
+def test_whatever_waits_for_its_upload_waits_in_the_run_directory(logged: dict[str, OfflineRun]) -> None:
+    run = logged["digits"]
+    places = [Path(entry.local_path) for found in run.artifacts for entry in found.manifest.contents]
+    assert places
+    inside = run.directory.parent
+    assert all(place.is_relative_to(inside) and place.is_file() for place in places)
+
+
+def test_a_trial_that_leaves_the_front_is_no_longer_on_it(tmp_path: Path) -> None:
+    with WandbLogger(tmp_path, experiment="digits", mode="offline", warn=pytest.fail) as logger:
+        for number, members in enumerate([[0], [0, 1], [1, 2], [1, 3]]):
+            logger.log_trial(record(number), on_front=True)
+            logger.log_members(members)
+        logger.log_trial(record(4), on_front=False)
+    runs = offline_runs(tmp_path)
+    found = {number: runs[f"trial {number}"].summary["on_front"] for number in range(5)}
+    assert found == {0: False, 1: True, 2: False, 3: True, 4: False}
+    assert {run.exit_code for run in runs.values()} == {0}
+
+
+def test_runs_of_the_front_end_even_if_the_search_is_killed(tmp_path: Path) -> None:
+    logger = WandbLogger(tmp_path, experiment="digits", mode="offline", warn=pytest.fail)
+    logger.log_trial(record(0), on_front=True)
+    logger.close()  # the end of the input is all that the process sees
+    assert offline_runs(tmp_path)["trial 0"].exit_code == 0
+
+
+def test_a_start_that_fails_is_the_only_thing_said(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    with WandbLogger(
+        tmp_path, experiment="digits", mode="offline", project="a/b", warn=warnings.append
+    ) as logger:
+        for number in range(4):
+            logger.log_trial(record(number))
+        logger.finish([], {})
+    [warning] = warnings
+    assert warning.endswith("; no more is logged, and the search goes on")
+
+
+def test_after_many_failures_the_end_is_still_logged(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    with WandbLogger(tmp_path, experiment="digits", mode="offline", warn=warnings.append) as logger:
+        for _ in range(5):
+            logger.log_trial(record(0, trial="not a number"))
+        logger.log_trial(record(1))
+        logger.finish([], {"hypervolume": 0.5})
+    assert warnings[-1].endswith("; no more is logged, and the search goes on")
+    runs = offline_runs(tmp_path)
+    assert set(runs) == {"digits"}
+    assert runs["digits"].summary["hypervolume"] == 0.5
+
+
 def test_a_resumed_search_keeps_its_ids(tmp_path: Path) -> None:
     for _ in range(2):
         with WandbLogger(tmp_path, experiment="a.b c", mode="offline", warn=pytest.fail) as logger:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from components import UserError
 from search import pareto
+from search.config import Constraint, parse_experiment
 from search.durable_files import read_arrays, read_json
-from search.front import Front
+from search.front import Front, feasible
 from search.parameter_importance import choices, parameter_importance
 from search.run_directory import RunDirectory
 from search.trial_types import TrialResult
@@ -37,45 +40,43 @@ def gather(run: RunDirectory) -> dict[str, Any]:
     complete = [result for result in results if result.complete]
     if not complete:
         raise UserError(f"{run.path} has nothing to report: no trial of the search was completed")
+    configuration = run.experiment.read_text(encoding="utf-8")
+    config = parse_experiment(configuration, source=str(run.experiment))
+    constraints = config.search.constraints
     return {
         "experiment": front.experiment,
         "objectives": [dict(objective) for objective in front.objectives],
         "performance": front.performance,
-        "base": _base(run, front),
-        "reference": {"smallest": pareto.SMALLEST_SIZE},
+        "constraints": [f"{constraint.name} {constraint}" for constraint in constraints],
+        "base": _base(run, front, config.base.mode),
         "hypervolumes": {name: _short(value) for name, value in front.hypervolumes().items()},
         "retention_at": front.retention_at(),
         "knee": _knee(front),
-        "trials": _trials(results, objectives),
+        "trials": _trials(results, objectives, constraints),
         "front": {
             "trial": [trial.trial for trial in front.trials],
             "test_retention": [_short(trial.test_retention) for trial in front.trials],
-            "test_performance": [_short(trial.test_performance) for trial in front.trials],
+            # Latencies of a front are measured once more when nothing else runs.
             "latencies": [_latencies(trial.objectives) for trial in front.trials],
         },
-        "course": _course(results),
+        "course": _course(results, constraints),
         "choices": _choices(results),
-        "importance": _importance_over_training(run),
-        "parameters": {
-            name: {choice: round(share, 4) for choice, share in shares.items()}
-            for name, shares in parameter_importance(
-                results, list(dict.fromkeys([*objectives, "retention"]))
-            ).items()
-        },
+        "importance": _importance_over_training(run, list(front.base.get("widths") or {})),
+        "parameters": parameter_importance(complete, list(dict.fromkeys([*objectives, "retention"]))),
         "failures": _failures(results),
         "stages": _stages(complete),
-        "configuration": run.experiment.read_text(encoding="utf-8"),
-        "path": str(run.path),
+        "configuration": configuration,
+        "path": shlex.quote(str(run.path.resolve())),
         "hosts": dict(Counter(result.host for result in results if result.host)),
         "devices": dict(Counter(result.device for result in results if result.device)),
     }
 
 
-def _base(run: RunDirectory, front: Front) -> dict[str, Any]:
+def _base(run: RunDirectory, front: Front, mode: str) -> dict[str, Any]:
     base = dict(front.base)
     stored = read_json(run.base / "metrics.json") if (run.base / "metrics.json").is_file() else {}
     environment = stored.get("environment")
-    return {**base, "environment": environment if isinstance(environment, dict) else {}}
+    return {**base, "mode": mode, "environment": environment if isinstance(environment, dict) else {}}
 
 
 def _knee(front: Front) -> int | None:
@@ -89,15 +90,16 @@ def _latencies(objectives: Mapping[str, float]) -> dict[str, float | None]:
     return {name: _short(value) for name, value in objectives.items() if name.startswith("latency")}
 
 
-def _trials(results: Sequence[TrialResult], objectives: Sequence[str]) -> dict[str, Any]:
+def _trials(
+    results: Sequence[TrialResult], objectives: Sequence[str], constraints: Sequence[Constraint]
+) -> dict[str, Any]:
     """Column -> one entry for every trial: a third of the size of one object for each."""
     groups = list(dict.fromkeys(group for result in results for group in result.widths))
-    components = list(dict.fromkeys(name for result in results for name in result.component_sizes))
-    began = [_seconds(result.started) for result in results]
-    first = min((moment for moment in began if moment is not None), default=0.0)
+    stages = list(dict.fromkeys(stage for result in results for stage in result.timings))
     return {
         "number": [result.number for result in results],
         "status": [result.status for result in results],
+        "feasible": [result.complete and feasible(constraints, result) for result in results],
         "origin": [result.origin for result in results],
         "reason": [result.reason for result in results],
         "parameters": [result.parameters for result in results],
@@ -109,81 +111,84 @@ def _trials(results: Sequence[TrialResult], objectives: Sequence[str]) -> dict[s
         },
         "groups": groups,
         "widths": [[result.widths.get(group) for group in groups] for result in results],
-        "components": components,
-        "component_sizes": [[result.component_sizes.get(name) for name in components] for result in results],
-        "coefficients": [_coefficients(result) for result in results],
-        "options": [dict(result.options) for result in results],
-        "timings": [
-            {stage: _short(value, 3) for stage, value in result.timings.items()} for result in results
-        ],
-        "rungs": [[[updates, _short(value)] for updates, value in result.rungs] for result in results],
-        "rung_losses": [
-            [[updates, _short(value)] for updates, value in result.rung_losses] for result in results
-        ],
-        "updates": [result.updates for result in results],
-        "repaired_by": [result.repaired_by for result in results],
-        "seed": [result.seed for result in results],
+        "stages": stages,
+        "timings": [[_short(result.timings.get(stage), 3) for stage in stages] for result in results],
         "device": [result.device for result in results],
-        "host": [result.host for result in results],
-        "began": [None if moment is None else round(moment - first, 2) for moment in began],
     }
 
 
-def _coefficients(result: TrialResult) -> dict[str, Any]:
-    return {
-        name: {metric: _short(weight, 3) for metric, weight in value.items()}
-        if isinstance(value, Mapping)
-        else _short(value, 3)
-        for name, value in result.plan.coefficients.items()
-    }
+def _course(
+    results: Sequence[TrialResult], constraints: Sequence[Constraint]
+) -> dict[str, list[float | None]]:
+    """The front's hypervolume after every trial, as they finished, and the seconds of searching by then.
 
-
-def _course(results: Sequence[TrialResult]) -> dict[str, list[float | None]]:
-    """Hypervolume after every finished trial, in the order in which they finished, and seconds by then."""
-    finished = sorted(
-        (moment, result.number, result)
+    Seconds in which no trial ran, as between a search and its resumption, do not count.
+    """
+    spans = {
+        result.number: (began, ended)
         for result in results
-        if (moment := _seconds(result.finished)) is not None
+        if (began := _seconds(result.started)) is not None
+        and (ended := _seconds(result.finished)) is not None
+    }
+    finished = sorted(
+        (result for result in results if result.number in spans),
+        key=lambda result: (spans[result.number][1], result.number),
     )
-    started = min(
-        (moment for result in results if (moment := _seconds(result.started)) is not None), default=0.0
-    )
-    seconds: list[float | None] = []
     volumes: list[float | None] = []
     sizes: list[float] = []
     retention: list[float] = []
     volume = 0.0
-    for moment, _, result in finished:
-        if result.complete and result.size_ratio is not None and result.retention is not None:
-            sizes.append(result.size_ratio)
-            retention.append(result.retention)
+    for result in finished:
+        if result.complete and feasible(constraints, result):
+            sizes.append(result.size_ratio or 1.0)
+            retention.append(result.retention or 0.0)
             keep = pareto.front(np.column_stack([sizes, retention]), ["minimize", "maximize"])
             sizes, retention = [sizes[i] for i in keep], [retention[i] for i in keep]
             volume = pareto.hypervolume_log(sizes, retention)
-        seconds.append(round(moment - started, 2))
         volumes.append(_short(volume))
-    return {"seconds": seconds, "hypervolume": volumes}
+    seconds = _searched([spans[result.number] for result in finished])
+    return {"seconds": [round(second, 2) for second in seconds], "hypervolume": volumes}
+
+
+def _searched(spans: Sequence[tuple[float, float]]) -> list[float]:
+    """Seconds in which anything ran, until the end of each span; the spans are in the order of their ends."""
+    merged: list[list[float]] = []
+    for began, ended in sorted(spans):
+        if merged and began <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], ended)
+        else:
+            merged.append([began, ended])
+    starts = np.array([began for began, _ in merged])
+    before = np.concatenate([[0.0], np.cumsum([ended - began for began, ended in merged])])
+    found = []
+    for _, ended in spans:
+        place = int(np.searchsorted(starts, ended, side="right")) - 1
+        found.append(float(before[place] + ended - starts[place]))
+    return found
 
 
 def _choices(results: Sequence[TrialResult]) -> dict[str, list[float | None]]:
     """What each trial chose: shares kept, coefficients, options; one column each."""
     rows = [choices(result) for result in results]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return {
-        name: [
-            None
-            if name not in row
-            else _short(math.exp(row[name]) if name.startswith("share ") else row[name], 4)
-            for row in rows
-        ]
-        for name in names
-    }
+    return {name: [_choice(name, row.get(name)) for row in rows] for name in names}
 
 
-def _importance_over_training(run: RunDirectory) -> dict[str, Any]:
+def _choice(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    return _short(math.exp(value) if name.startswith("share ") else value, 4)
+
+
+def _importance_over_training(run: RunDirectory, order: Sequence[str]) -> dict[str, Any]:
     """By metric and group, how much more a channel counted than the average channel, over the training.
 
-    A binary logarithm: 1 is twice as important, 0 the same, -1 half.
+    A binary logarithm: 1 is twice as important, 0 the same, -1 half. Metrics that give all groups the same
+    mean by definition are left out.
+
+    Args:
+        run: whose base it is.
+        order: of the groups.
     """
     path = run.base / "importance.safetensors"
     if not path.is_file():
@@ -197,20 +202,23 @@ def _importance_over_training(run: RunDirectory) -> dict[str, Any]:
     if steps is None or not len(steps):
         return {}
     shown = np.unique(np.linspace(0, len(steps) - 1, STEPS).astype(int))
-    metrics: dict[str, dict[str, np.ndarray]] = {}
+    metrics: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name, scores in arrays.items():
         metric, _, group = name.partition("/")
-        metrics.setdefault(metric, {})[group] = scores[shown].astype(np.float64).mean(axis=1)
+        metrics.setdefault(metric, {})[group] = scores[shown].astype(np.float64)  # (steps, channels)
+    place = {group: index for index, group in enumerate(order)}
     found: dict[str, Any] = {"steps": [int(step) for step in steps[shown]], "metrics": {}}
-    for metric, by_group in metrics.items():
-        values = np.stack(list(by_group.values()))  # (groups, steps)
-        average = values.mean(axis=0)
+    for metric, by_group in sorted(metrics.items()):
+        groups = sorted(by_group, key=lambda group: place.get(group, len(place)))
+        means = np.stack([by_group[group].mean(axis=1) for group in groups])  # (groups, steps)
+        average = np.concatenate([by_group[group] for group in groups], axis=1).mean(axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            relative = np.log2(values / average)
-        if not np.isfinite(relative).any():
+            relative = np.log2(means / average)
+        known = relative[np.isfinite(relative)]
+        if not known.size or np.abs(known).max() < 1e-3:
             continue
         found["metrics"][metric] = {
-            "groups": list(by_group),
+            "groups": groups,
             "values": [[_short(value, 3) for value in row] for row in relative],
         }
     return found if found["metrics"] else {}

@@ -14,10 +14,9 @@ ASSETS = files("search.report") / "assets"
 
 def render(content: Mapping[str, Any]) -> str:
     """The page that shows a report's content, as `search.report.content.gather` makes it."""
-    # "</" would end the script element that the content is in.
-    data = json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace(
-        "</", "<\\/"
-    )
+    # "</script" would end the element that the content is in, "<!--<script" would make it swallow the next.
+    data = json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    data = data.replace("<", "\\u003c")
     parts = {
         "title": escape(str(content["experiment"])),
         "style": _text("report.css"),

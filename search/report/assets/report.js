@@ -20,10 +20,16 @@ const plural = (n, one, many) => `${whole(n)} ${n === 1 ? one : many ?? one + "s
 function duration(seconds) {
   if (!known(seconds)) return "–";
   if (seconds < 1) return `${significant(1000 * seconds, 2)} ms`;
-  if (seconds < 60) return `${significant(seconds, 3)} s`;
-  const minutes = Math.round(seconds / 60);
-  if (minutes < 60) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
+  if (seconds < 59.5) return `${significant(seconds, 3)} s`;
+  const whole = Math.round(seconds);
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  const minutes = Math.round(whole / 60);
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+function elided(name, most) {
+  const half = Math.floor((most - 1) / 2);
+  return name.length <= most ? name : `${name.slice(0, half)}…${name.slice(-half)}`;
 }
 
 function measured(name, value) {
@@ -79,18 +85,20 @@ function head() {
   if (known(good)) {
     const index = place.get(good);
     words += ` The smallest agent that keeps 95 % of the base's performance is trial ${good}, with ${percent(trials.size_ratio[index])} of its parameters.`;
-  } else if (complete) {
-    words += " No agent keeps 95 % of the base's performance.";
+  } else if (content.front.trial.length) {
+    words += " No agent of the front keeps 95 % of the base's performance.";
+  } else {
+    words += ` No trial meets the constraints (${content.constraints.join(", ")}), so the front is empty.`;
   }
   document.getElementById("summary").textContent = words;
   const volumes = content.hypervolumes;
   const base = content.base;
   const performance = base.performance?.validation;
   const shown = [
-    ["hypervolume", decimal(volumes.hypervolume), known(volumes.test_hypervolume) ? `${decimal(volumes.test_hypervolume)} on test data` : "validation data"],
+    ["hypervolume", decimal(volumes.hypervolume), known(volumes.test_hypervolume) && content.front.trial.length ? `${decimal(volumes.test_hypervolume)} on test data` : "validation data"],
     ["base", whole(base.parameters), "parameters"],
-    [labelled(content.performance) + " of the base", significant(performance, 4), unit(content.performance) || "validation data"],
   ];
+  if (known(performance)) shown.push([labelled(content.performance) + " of the base", significant(performance, 4), unit(content.performance) || "validation data"]);
   for (const row of content.retention_at) {
     const size = trials.size_ratio[place.get(row.trial)];
     shown.push([`best at ≤ ${percent(row.size_ratio)}`, decimal(row.retention), known(row.trial) ? `retention, trial ${row.trial} (${percent(size)})` : "no trial so small"]);
@@ -107,10 +115,24 @@ function select(index, scroll = false) {
   selected = index;
   detail();
   for (const row of document.querySelectorAll("#front-table tbody tr")) {
-    row.setAttribute("aria-selected", String(Number(row.dataset.index) === index));
+    if (Number(row.dataset.index) === index) row.setAttribute("aria-current", "true");
+    else row.removeAttribute("aria-current");
   }
-  drawn.front?.();
-  if (scroll && window.innerWidth <= 860) document.getElementById("detail").scrollIntoView({ behavior: "smooth", block: "nearest" });
+  mark();
+  const box = document.getElementById("detail").getBoundingClientRect();
+  if (scroll && (box.top > innerHeight - 60 || box.bottom < 60)) document.getElementById("detail").scrollIntoView({ behavior: "smooth", block: "nearest" });
+}
+
+function standing(index) {
+  if (onFront.has(trials.number[index])) return "on the front";
+  if (trials.status[index] !== "complete") return trials.status[index] === "stopped" ? "stopped early" : trials.status[index];
+  return trials.feasible[index] ? "dominated" : "misses the constraints";
+}
+
+// Latencies of the front are those measured again at the end, when nothing else ran.
+function objectiveOf(name, index) {
+  const row = onFront.get(trials.number[index]);
+  return (known(row) ? content.front.latencies[row][name] : null) ?? trials.objectives[name][index];
 }
 
 function detail() {
@@ -123,9 +145,9 @@ function detail() {
   const index = selected;
   const number = trials.number[index];
   const front = onFront.get(number);
-  panel.append(element("h3", {}, `Trial ${number}`));
+  panel.append(element("h3", { "aria-live": "polite" }, `Trial ${number}`));
   const tags = element("p", {}, element("span", { class: "tag" }, trials.origin[index]));
-  tags.append(element("span", { class: "tag" }, known(front) ? "on the front" : trials.status[index] === "complete" ? "dominated" : trials.status[index]));
+  tags.append(element("span", { class: "tag" }, standing(index)));
   if (number === content.knee) tags.append(element("span", { class: "tag" }, "knee"));
   panel.append(tags);
   const rows = [
@@ -137,7 +159,7 @@ function detail() {
   if (known(front)) rows.push(["retention, test", decimal(content.front.test_retention[front])]);
   for (const objective of content.objectives) {
     if (objective.name === "parameters" || objective.name === "macs") continue;
-    rows.push([labelled(objective.name), `${measured(objective.name, trials.objectives[objective.name][index])} ${objective.unit}`]);
+    rows.push([labelled(objective.name), `${measured(objective.name, objectiveOf(objective.name, index))} ${objective.unit}`]);
   }
   if (trials.reason[index]) rows.push(["reason", trials.reason[index]]);
   panel.append(facts(rows));
@@ -146,16 +168,15 @@ function detail() {
     panel.append(element("h4", {}, "Channels kept, of the base's"));
     panel.append(bars(widths.map(([group, kept, of]) => [group, kept / (of ?? kept), `${whole(kept)} / ${whole(of)}`])));
   }
-  const weights = Object.entries(trials.coefficients[index]).flatMap(([name, value]) =>
-    typeof value === "object" && value !== null ? Object.entries(value).map(([metric, weight]) => [`${name}: ${metric}`, weight]) : [[name, value]],
-  );
+  const chosen = (kind) => Object.entries(content.choices).filter(([name, values]) => name.startsWith(kind) && known(values[index])).map(([name, values]) => [name.slice(kind.length), values[index]]);
+  const weights = chosen("weight ");
   if (weights.length) {
     panel.append(element("h4", {}, "Metrics mixed"));
     panel.append(bars(weights.map(([name, weight]) => [name, weight, decimal(weight, 2)])));
   }
-  const options = Object.entries(trials.options[index]);
+  const options = chosen("option ");
   if (options.length) panel.append(element("h4", {}, "Options"), facts(options.map(([name, value]) => [name, String(value)])));
-  const timings = Object.entries(trials.timings[index]);
+  const timings = trials.stages.map((stage, column) => [stage, trials.timings[index][column]]).filter(([, seconds]) => known(seconds));
   if (timings.length) {
     const total = timings.reduce((sum, [, seconds]) => sum + seconds, 0);
     panel.append(element("h4", {}, `Time: ${duration(total)} on ${trials.device[index] || "?"}`));
@@ -194,9 +215,9 @@ function table() {
     const cells = [
       number, percent(trials.size_ratio[index]), whole(trials.parameters[index]), whole(trials.macs[index]),
       decimal(trials.retention[index]), decimal(content.front.test_retention[row]),
-      ...others.map((o) => measured(o.name, trials.objectives[o.name][index])),
+      ...others.map((o) => measured(o.name, objectiveOf(o.name, index))),
     ];
-    const line = element("tr", { tabindex: 0, "data-index": index, "aria-selected": "false", onclick: () => select(index, true) });
+    const line = element("tr", { tabindex: 0, "data-index": index, onclick: () => select(index, true) });
     line.addEventListener("keydown", (event) => {
       if (event.key === "Enter" || event.key === " ") { event.preventDefault(); select(index, true); }
     });
@@ -215,10 +236,11 @@ function parameters() {
   const entries = Object.entries(content.parameters);
   document.getElementById("parameters-section").hidden = !entries.length;
   const room = document.getElementById("parameters");
-  for (const [name, shares] of entries) {
+  for (const [name, { foretold, shares }] of entries) {
     const rows = Object.entries(shares).slice(0, 12);
     const most = Math.max(...rows.map(([, share]) => share), 1e-9);
-    room.append(element("div", {}, element("h3", {}, labelled(name)), bars(rows.map(([choice, share]) => [choice, share / most, percent(share)]))));
+    const note = element("p", { class: "note" }, `Choices foretell ${percent(Math.round(100 * foretold) / 100)} of its variance for trials that were not looked at.`);
+    room.append(element("div", {}, element("h3", {}, labelled(name)), bars(rows.map(([choice, share]) => [choice, share / most, percent(share)])), note));
   }
 }
 
@@ -237,9 +259,10 @@ function experiment() {
   const base = content.base;
   const room = document.getElementById("experiment");
   const environment = base.environment ?? {};
+  const training = base.mode === "per_trial" ? "every trial trained its own" : duration(base.training_seconds);
   room.append(element("div", {}, element("h3", {}, "Base"), facts([
     ["parameters", whole(base.parameters)], ["MACs per decision", whole(base.macs)], ["seed", String(base.seed)],
-    ["training", duration(base.training_seconds)],
+    ["training", training],
     ...["validation", "test"].filter((split) => known(base.performance?.[split])).map((split) => [`${labelled(content.performance)}, ${split}`, significant(base.performance[split], 4)]),
     ...["validation", "test"].filter((split) => known(base.trivial?.[split])).map((split) => [`trivial agent, ${split}`, significant(base.trivial[split], 4)]),
   ])));
@@ -286,21 +309,48 @@ function about(index) {
   if (known(front) && known(content.front.test_retention[front])) lines[2] += ` (test ${decimal(content.front.test_retention[front])})`;
   for (const objective of content.objectives) {
     if (objective.name === "parameters") continue;
-    lines.push(`${safe(labelled(objective.name))} ${measured(objective.name, trials.objectives[objective.name][index])} ${safe(objective.unit)}`);
+    lines.push(`${safe(labelled(objective.name))} ${measured(objective.name, objectiveOf(objective.name, index))} ${safe(objective.unit)}`);
   }
   return lines.join("<br>");
 }
 
 const safe = (text) => String(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
 
+// At most so many, evenly spread: more than these nobody can tell apart, and browsers become slow.
+function thinned(indices, most) {
+  if (indices.length <= most) return indices;
+  return Array.from({ length: most }, (_, i) => indices[Math.floor((i * indices.length) / most)]);
+}
+
+const LEAST = -0.2; // what retains less is drawn at this edge
+let mark = () => {};
+
 function frontChart() {
   const chart = chartIn("front-chart");
   chart.on("click", (event) => { if (known(event.data?.index)) select(event.data.index, true); });
   const indices = trials.number.map((_, index) => index).filter((index) => trials.status[index] === "complete" && known(trials.retention[index]));
-  const point = (index, value = trials.retention[index]) => ({ value: [100 * trials.size_ratio[index], value], index });
   const members = content.front.trial.map((number) => place.get(number));
   const isAnchor = (index) => trials.origin[index].startsWith("anchor");
-  const lowest = Math.min(...indices.map((index) => trials.retention[index]), 0);
+  const others = indices.filter((index) => !onFront.has(trials.number[index]));
+  const lowest = Math.min(0, ...members.map((_, row) => content.front.test_retention[row] ?? 0), ...thinned(indices, 5000).map((index) => trials.retention[index]));
+  const floor = Math.max(LEAST, Math.floor(lowest * 10) / 10);
+  const point = (index, value = trials.retention[index]) => {
+    const found = { value: [100 * trials.size_ratio[index], Math.max(value, floor)], index };
+    return value < floor ? { ...found, symbol: "triangle", symbolRotate: 180 } : found;
+  };
+  const kinds = {
+    dominated: thinned(others.filter((index) => trials.feasible[index] && !isAnchor(index)), 2000),
+    "misses the constraints": thinned(others.filter((index) => !trials.feasible[index] && !isAnchor(index)), 1000),
+    "starting points": others.filter(isAnchor),
+  };
+  const below = others.filter((index) => trials.retention[index] < floor).length;
+  const hidden = others.length - Object.values(kinds).flat().length;
+  const notes = [];
+  if (below) notes.push(`${plural(below, "trial")} below ${floor} at the lower edge (▼).`);
+  if (hidden) notes.push(`Of ${whole(others.length)} trials that are not on the front, ${whole(others.length - hidden)} are drawn.`);
+  document.getElementById("front-note").textContent = notes.join(" ");
+  const ring = () => (selected !== null && known(trials.retention[selected]) && trials.status[selected] === "complete" ? [{ ...point(selected), symbol: "circle" }] : []);
+  mark = () => chart.setOption({ series: [{ name: "selected", data: ring() }] });
   drawn.front = () => {
     const { axis, tooltip, text } = look();
     const linear = document.getElementById("front-linear").checked;
@@ -309,25 +359,28 @@ function frontChart() {
     const best = [];
     let highest = -Infinity;
     for (const index of members) {
-      if (trials.retention[index] > highest) { highest = trials.retention[index]; best.push(point(index)); }
+      if (trials.retention[index] > highest) { highest = trials.retention[index]; best.push({ value: point(index).value }); }
     }
-    if (best.length) best.push({ value: [100, highest] });
+    if (best.length) best.push({ value: [100, Math.max(highest, floor)] });
+    const scatter = (name, data, size, itemStyle, z, more = {}) => ({ name, type: "scatter", symbolSize: size, data, itemStyle, z, ...more });
     const series = [
-      { name: "dominated", type: "scatter", symbolSize: 7, data: indices.filter((index) => !onFront.has(trials.number[index]) && !isAnchor(index)).map((index) => point(index)), itemStyle: { color: colour("faint"), opacity: 0.55 } },
-      { name: "starting points", type: "scatter", symbol: "diamond", symbolSize: 11, data: indices.filter((index) => isAnchor(index) && !onFront.has(trials.number[index])).map((index) => point(index)), itemStyle: { color: colour("anchor"), opacity: 0.9 } },
+      scatter("dominated", kinds.dominated.map((index) => point(index)), 7, { color: colour("faint"), opacity: 0.55 }, 1),
+      scatter("misses the constraints", kinds["misses the constraints"].map((index) => point(index)), 7, { color: "transparent", borderColor: colour("faint"), borderWidth: 1.2 }, 1),
+      scatter("starting points", kinds["starting points"].map((index) => point(index)), 11, { color: colour("anchor"), opacity: 0.9 }, 2, { symbol: "diamond" }),
       { name: "front line", type: "line", step: "end", symbol: "none", silent: true, data: best, lineStyle: { color: colour("front"), width: 2 }, z: 3 },
-      { name: "front", type: "scatter", symbolSize: 10, data: members.map((index) => point(index)), itemStyle: { color: colour("front") }, z: 4 },
-      { name: "front, test data", type: "scatter", symbol: "circle", symbolSize: 7, data: tested ? members.map((index, row) => point(index, content.front.test_retention[row])).filter((entry) => known(entry.value[1])) : [], itemStyle: { color: "transparent", borderColor: colour("test"), borderWidth: 1.6 }, z: 5 },
-      { name: "base", type: "scatter", symbol: "triangle", symbolSize: 13, data: [{ value: [100, 1] }], itemStyle: { color: colour("base") }, z: 6 },
-      { name: "selected", type: "scatter", symbol: "circle", symbolSize: 19, silent: true, data: selected !== null && known(trials.retention[selected]) ? [point(selected)] : [], itemStyle: { color: "transparent", borderColor: colour("text"), borderWidth: 2 }, z: 7 },
-    ];
+      scatter("front", members.map((index) => point(index)), 10, { color: colour("front") }, 4),
+      scatter("front, test data", tested ? members.map((index, row) => [index, content.front.test_retention[row]]).filter(([, value]) => known(value)).map(([index, value]) => point(index, value)) : [], 7, { color: "transparent", borderColor: colour("test"), borderWidth: 1.6 }, 5),
+      scatter("base", [{ value: [100, 1] }], 13, { color: colour("base") }, 6, { symbol: "triangle" }),
+      scatter("selected", ring(), 19, { color: "transparent", borderColor: colour("text"), borderWidth: 2 }, 7, { silent: true }),
+    ].filter((one) => one.name === "selected" || one.data.length);
     chart.setOption({
-      animation: false, aria: { enabled: true },
-      grid: { left: 52, right: 18, top: narrow ? 64 : 40, bottom: 46 },
-      legend: { top: 0, textStyle: { color: text }, data: series.map((s) => s.name).filter((name) => !["front line", "selected"].includes(name)) },
+      animation: false,
+      aria: { enabled: true, label: { description: `Size against retention: ${plural(members.length, "trial")} on the front; the table below has all of them.` } },
+      grid: { left: 52, right: 18, top: narrow ? 76 : 40, bottom: 46 },
+      legend: { top: 0, textStyle: { color: text }, data: series.map((one) => one.name).filter((name) => !["front line", "selected"].includes(name)) },
       tooltip: { ...tooltip, trigger: "item", formatter: (event) => (known(event.data?.index) ? about(event.data.index) : "<b>Base</b><br>" + whole(content.base.parameters) + " parameters") },
       xAxis: { ...axis, type: linear ? "value" : "log", min: linear ? 0 : (value) => Math.min(value.min * 0.9, 1), max: 105, name: "size, % of the base's parameters", nameLocation: "middle", nameGap: 28, axisLabel: { color: text, showMinLabel: false, formatter: (value) => (value > 100 ? "" : significant(value, 2)) }, minorSplitLine: { show: false } },
-      yAxis: { ...axis, type: "value", min: Math.max(-0.2, Math.floor(lowest * 10) / 10), max: (value) => Math.max(1.02, Math.ceil(value.max * 50) / 50), name: "retention", axisLabel: { color: text, formatter: (value) => decimal(value, 1) } },
+      yAxis: { ...axis, type: "value", min: floor, max: (value) => Math.max(1.02, Math.ceil(value.max * 50) / 50), name: "retention", axisLabel: { color: text, formatter: (value) => decimal(value, 1) } },
       series,
     }, { notMerge: true });
   };
@@ -345,7 +398,8 @@ function courseChart() {
     const [scale, name] = over === "trials" ? [1, "finished trials"] : longest > 7200 ? [3600, "hours"] : longest > 120 ? [60, "minutes"] : [1, "seconds"];
     const data = content.course.hypervolume.map((value, row) => [over === "trials" ? row + 1 : (content.course.seconds[row] ?? 0) / scale, value]);
     chart.setOption({
-      animation: false, aria: { enabled: true }, grid: { left: 52, right: 18, top: 20, bottom: 46 },
+      animation: false, grid: { left: 52, right: 18, top: 20, bottom: 46 },
+      aria: { enabled: true, label: { description: `Hypervolume over ${name}: ${decimal(content.course.hypervolume.at(-1))} in the end.` } },
       tooltip: { ...tooltip, trigger: "axis", formatter: ([event]) => `${significant(event.value[0], 3)} ${name}<br>hypervolume ${decimal(event.value[1])}` },
       xAxis: { ...axis, type: "value", min: 0, max: "dataMax", name, nameLocation: "middle", nameGap: 28, axisLabel: { color: text, hideOverlap: true, formatter: (value) => significant(value, 3) } },
       yAxis: { ...axis, type: "value", min: 0, axisLabel: { color: text, formatter: (value) => decimal(value, 2) } },
@@ -358,7 +412,8 @@ function courseChart() {
 
 function parallelChart() {
   const names = Object.keys(content.choices);
-  const indices = trials.number.map((_, index) => index).filter((index) => trials.status[index] === "complete" && known(trials.retention[index]));
+  const measuredOnes = trials.number.map((_, index) => index).filter((index) => trials.status[index] === "complete" && known(trials.retention[index]));
+  const indices = [...thinned(measuredOnes.filter((index) => !onFront.has(trials.number[index])), 500), ...measuredOnes.filter((index) => onFront.has(trials.number[index]))];
   const room = document.getElementById("parallel-chart");
   if (!names.length || indices.length < 2) { document.getElementById("parallel-section").hidden = true; return; }
   const axes = [
@@ -366,7 +421,7 @@ function parallelChart() {
     { name: "size, %", log: true, values: trials.size_ratio.map((ratio) => (known(ratio) ? 100 * ratio : null)) },
     { name: "retention", log: false, values: trials.retention },
   ];
-  room.style.minWidth = `${70 * axes.length}px`;
+  room.style.minWidth = `${88 * axes.length}px`;
   const chart = chartIn("parallel-chart");
   drawn.parallel = () => {
     const { axis, tooltip, text } = look();
@@ -376,12 +431,12 @@ function parallelChart() {
       parallel: { left: 40, right: 60, top: 50, bottom: 24, parallelAxisDefault: { nameTextStyle: { color: text, fontSize: 12 }, axisLabel: { ...axis.axisLabel, fontSize: 11, formatter: (value) => significant(value, 2) }, axisLine: axis.axisLine, axisTick: { lineStyle: { color: colour("line") } } } },
       tooltip: { ...tooltip, trigger: "item", formatter: (event) => (known(event.data?.index) ? about(event.data.index) : "") },
       visualMap: { show: false, dimension: last, min: 0, max: 1, inRange: { color: [colour("low"), colour("faint"), colour("high")] }, seriesIndex: 0 },
-      parallelAxis: axes.map((entry, dim) => ({ dim, name: entry.name, type: entry.log ? "log" : "value", nameRotate: 0, nameTruncate: { maxWidth: 66 }, scale: true })),
+      parallelAxis: axes.map((entry, dim) => ({ dim, name: elided(entry.name, 13), type: entry.log ? "log" : "value", scale: true })),
       series: [{ type: "parallel", lineStyle: { width: 1.2, opacity: indices.length > 300 ? 0.25 : 0.5 }, emphasis: { lineStyle: { width: 3, opacity: 1 } }, data: indices.map((index) => ({ value: axes.map((entry) => entry.values[index]), index })) }],
     }, { notMerge: true });
   };
   drawn.parallel();
-  chart.on("click", (event) => { if (known(event.data?.index)) select(event.data.index); });
+  chart.on("click", (event) => { if (known(event.data?.index)) select(event.data.index, true); });
 }
 
 function importanceChart() {
@@ -398,7 +453,8 @@ function importanceChart() {
     const data = values.flatMap((row, y) => row.map((value, x) => [x, y, value])).filter(([, , value]) => known(value));
     const reach = Math.min(6, Math.max(1, ...data.map(([, , value]) => Math.abs(value))));
     chart.setOption({
-      animation: false, aria: { enabled: true }, grid: { left: 8, right: 18, top: 8, bottom: 92, containLabel: true },
+      animation: false, grid: { left: 8, right: 18, top: 8, bottom: 92, containLabel: true },
+      aria: { enabled: true, label: { description: `Importance of ${plural(groups.length, "group")} over training, by ${choose.value}.` } },
       tooltip: { ...tooltip, formatter: (event) => `${safe(groups[event.value[1]])}<br>after ${whole(found.steps[event.value[0]])} steps: ${event.value[2] > 0 ? "+" : ""}${decimal(event.value[2], 2)}` },
       xAxis: { ...axis, type: "category", data: found.steps.map(whole), name: "training steps", nameLocation: "middle", nameGap: 28, splitLine: { show: false } },
       yAxis: { ...axis, type: "category", data: groups, inverse: true, splitLine: { show: false } },
@@ -430,6 +486,16 @@ function redraw() {
   for (const again of Object.values(drawn)) again();
 }
 
+// Charts keep the width that they have on the screen unless the page is as wide as the paper while they are drawn.
+function forPaper(printing) {
+  if (printing) document.documentElement.dataset.theme = "light";
+  else delete document.documentElement.dataset.theme;
+  document.body.style.width = printing ? "700px" : "";
+  [...pending.keys()].forEach(draw);
+  redraw();
+  charts.forEach((chart) => chart.resize());
+}
+
 async function main() {
   head();
   table();
@@ -455,8 +521,8 @@ async function main() {
   }, { rootMargin: "300px" });
   for (const id of pending.keys()) watch.observe(document.getElementById(id));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  addEventListener("beforeprint", () => { document.documentElement.dataset.theme = "light"; [...pending.keys()].forEach(draw); redraw(); charts.forEach((chart) => chart.resize()); });
-  addEventListener("afterprint", () => { delete document.documentElement.dataset.theme; redraw(); charts.forEach((chart) => chart.resize()); });
+  addEventListener("beforeprint", () => forPaper(true));
+  addEventListener("afterprint", () => forPaper(false));
   document.documentElement.dataset.ready = "true";
 }
 
