@@ -254,7 +254,10 @@ def quick(monkeypatch, tmp_path) -> dict[str, Any]:
         "answers": [NodeAnswer("one (127.0.0.1:1)", [node_checks.ok("Ray", "2.60")], "")]
     }
 
-    def answer(function: Any, known: Any, address: str | None, seconds: float) -> list[NodeAnswer]:
+    def answer(
+        function: Any, known: Any, address: str | None, seconds: float, code: Any = ()
+    ) -> list[NodeAnswer]:
+        state["sent"] = [path.name for path in code]
         if isinstance(state["answers"], Exception):
             raise state["answers"]
         return list(state["answers"])
@@ -292,6 +295,7 @@ def test_a_problem_is_code_1_and_says_where_and_what_to_do(quick, capsys) -> Non
     assert code == 1
     assert "2 problems on two (127.0.0.1:2), three" in output
     assert "→ pip install it" in output
+    assert quick["sent"] == ["components", "agents", "search"], "what a search would send"
     code, output, _ = call(capsys, "--address", "127.0.0.1:6379", "--json")
     content = json.loads(output)
     assert (code, content["ready"]) == (1, False)

@@ -173,5 +173,7 @@ def test_dark_follows_the_reader_and_paper_is_light(opened) -> None:
     assert page.evaluate(ground) == "rgb(255, 255, 255)"
     for chart in ("front", "course", "parallel", "importance"):
         assert page.locator(f"#{chart}-chart svg path").count() > 3, f"{chart} is drawn for the paper too"
+        box, drawing = (page.locator(f"#{chart}-chart {inner}").first.bounding_box() for inner in ("", "svg"))
+        assert drawing["width"] <= box["width"] + 1 <= 702, f"{chart} is as wide as the paper"
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(ground) == "rgb(18, 23, 30)"

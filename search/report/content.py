@@ -24,6 +24,9 @@ from search.trial_types import TrialResult
 STEPS = 48
 """Snapshots of the importance that a heat map shows at most."""
 
+PAUSE_SECONDS = 300.0
+"""A time without trials that is longer than this, and than ten of the longest trial, is a pause."""
+
 DIGITS = 5
 """Significant digits of measured numbers: more than anybody reads, and a third of the bytes of all."""
 
@@ -122,7 +125,7 @@ def _course(
 ) -> dict[str, list[float | None]]:
     """The front's hypervolume after every trial, as they finished, and the seconds of searching by then.
 
-    Seconds in which no trial ran, as between a search and its resumption, do not count.
+    Pauses, as between a search and its resumption, do not count: see `PAUSE_SECONDS`.
     """
     spans = {
         result.number: (began, ended)
@@ -151,10 +154,11 @@ def _course(
 
 
 def _searched(spans: Sequence[tuple[float, float]]) -> list[float]:
-    """Seconds in which anything ran, until the end of each span; the spans are in the order of their ends."""
+    """Seconds without pauses until the end of each span; the spans are in the order of their ends."""
+    longest = max([PAUSE_SECONDS, *(10 * (ended - began) for began, ended in spans)])
     merged: list[list[float]] = []
     for began, ended in sorted(spans):
-        if merged and began <= merged[-1][1]:
+        if merged and began <= merged[-1][1] + longest:
             merged[-1][1] = max(merged[-1][1], ended)
         else:
             merged.append([began, ended])

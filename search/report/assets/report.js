@@ -490,10 +490,13 @@ function redraw() {
 function forPaper(printing) {
   if (printing) document.documentElement.dataset.theme = "light";
   else delete document.documentElement.dataset.theme;
-  document.body.style.width = printing ? "700px" : "";
+  document.documentElement.toggleAttribute("data-paper", printing);
   [...pending.keys()].forEach(draw);
   redraw();
-  charts.forEach((chart) => chart.resize());
+  for (const chart of charts) {
+    chart.resize();
+    chart.getZr().flush(); // or it is drawn in the next frame, which paper does not wait for
+  }
 }
 
 async function main() {
