@@ -33,7 +33,7 @@ def peak_share(device: str) -> Iterator[Callable[[], float | None]]:
     if not device.startswith("cuda"):
         yield lambda: None
         return
-    torch.cuda.init()  # or there are no statistics to reset
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # or there are no statistics to reset
     torch.cuda.reset_peak_memory_stats(device)
     total = torch.cuda.get_device_properties(device).total_memory
     yield lambda: (torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES) / total

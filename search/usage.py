@@ -21,7 +21,7 @@ class Usage:
         self._device = device
         self._began = time.process_time()
         if device.startswith("cuda"):
-            torch.cuda.init()  # or there are no statistics to reset
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # or there are no statistics to reset
             torch.cuda.reset_peak_memory_stats(device)
 
     def so_far(self) -> dict[str, float]:
