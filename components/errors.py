@@ -13,6 +13,11 @@ class UserError(ValueError):
     """
 
 
+def text_of(error: BaseException) -> str:
+    """What an exception says, as text that any file can hold: names of files may have bytes that are none."""
+    return str(error).encode("utf-8", "backslashreplace").decode()
+
+
 LONGEST_LIST = 50
 """Of more names than these, only the nearest few are listed."""
 

@@ -122,9 +122,12 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _of_run(commands: Any, name: str, words: str, description: str) -> argparse.ArgumentParser:
+    """A command that is given a run; `words` say what it does in the list of all."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=words, description=description)
     parser.add_argument("run", metavar="RUN", help="a run's name in the runs directory, or its path")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    return parser
 
 
 def _add_search(commands: Any) -> None:
@@ -156,41 +159,37 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_front(commands: Any) -> None:
-    parser = commands.add_parser(
-        "front", help="print the front of a run", description="Print the front of a run."
-    )
-    _add_run(parser)
+    parser = _of_run(commands, "front", "print the front of a run", "Print the front of a run.")
     parser.add_argument("--json", action="store_true", help="print front.json instead of tables")
 
 
 def _add_report(commands: Any) -> None:
-    parser = commands.add_parser(
+    _of_run(
+        commands,
         "report",
-        help="write report.html: everything about a run, in one file for any browser",
-        description="Write report.html into a run directory: the front, what trials chose, importances, "
-        "failures and the experiment, in one file that needs no network. A search writes it at its end.",
+        "write report.html: everything about a run, in one file for any browser",
+        "Write report.html into a run directory: the front, what trials chose, importances, failures and the "
+        "experiment, in one file that needs no network. A search writes it at its end.",
     )
-    _add_run(parser)
 
 
 def _add_sync(commands: Any) -> None:
-    parser = commands.add_parser(
+    _of_run(
+        commands,
         "sync",
-        help="upload the W&B runs of a run that are on the disk only",
-        description="Upload the W&B runs of a run that are on the disk only, by `wandb sync`. Exit code 1 if "
-        "that fails.",
+        "upload the W&B runs of a run that are on the disk only",
+        "Upload the W&B runs of a run that are on the disk only, by `wandb sync`. Exit code 1 if that fails.",
     )
-    _add_run(parser)
 
 
 def _add_select(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = _of_run(
+        commands,
         "select",
-        help="copy one pruned agent of a front into a directory",
-        description="Copy the bundle of one trial of a front into a directory of its own. "
-        "Retention is what the search saw: validation data.",
+        "copy one pruned agent of a front into a directory",
+        "Copy the bundle of one trial of a front into a directory of its own. Retention is what the search "
+        "saw: validation data.",
     )
-    _add_run(parser)
     wish = parser.add_mutually_exclusive_group(required=True)
     wish.add_argument(
         "--min-retention",

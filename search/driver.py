@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from components.errors import UserError
+from components.errors import UserError, text_of
 from search.interruption import Interruption
 from search.scheduler import EarlyStopping
 from search.trial_types import Proposal, TrialResult, TrialSpec, timestamp
@@ -167,7 +167,7 @@ class Driver:
         except Exception as error:
             self.fatal = error
             return
-        result = replace(result, state=None, kept={})  # stored; what remembers it would keep it for ever
+        result = result.light()  # what remembers it would keep the rest for ever
         self._restarts = 0
         self.complete += result.complete
         self.stopped_early += result.stopped
@@ -292,7 +292,7 @@ class Driver:
 
 def describe(error: BaseException) -> str:
     """An exception in one line that any file can hold."""
-    lines = str(error).encode("utf-8", "backslashreplace").decode().strip().splitlines()
+    lines = text_of(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from components.errors import UserError
+from components.errors import UserError, text_of
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -172,8 +172,7 @@ def counts(path: Path, content: Mapping[str, Any], name: str) -> dict[str, int]:
 
 def one_line(error: BaseException) -> str:
     """An error as one line of at most 300 characters."""
-    words = str(error).encode("utf-8", "backslashreplace").decode().split()  # file names may hold any bytes
-    text = " ".join(words) or type(error).__name__
+    text = " ".join(text_of(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from agents.agent import Objective
 from components import UserError
@@ -52,7 +51,7 @@ class FrontKeeper:
         else; the record, by which the trial has finished; front.json; and only then the removal of bundles
         that have left the front. What a crash leaves undone, `restore` does.
         """
-        slim = _remembered(result)
+        slim = result.light()
         # A dominated trial never comes back, so only the present members can stay.
         candidates = [*self.members, slim] if result.complete else self.members
         members = front_results(candidates, self._objectives, self._constraints)
@@ -73,7 +72,7 @@ class FrontKeeper:
         Raises:
             UserError: a trial of the front has no bundle any more.
         """
-        self.results = [_remembered(result) for result in results]
+        self.results = [result.light() for result in results]
         complete = [result for result in self.results if result.complete]
         self.members = front_results(complete, self._objectives, self._constraints)
         lost = sorted({member.number for member in self.members} - self._run.bundles())
@@ -127,8 +126,3 @@ class FrontKeeper:
             latencies=latencies,
             host=platform.node(),
         )
-
-
-def _remembered(result: TrialResult) -> TrialResult:
-    """A result without what is large and on the disk: a search may have ten thousand."""
-    return replace(result, state=None, kept={})

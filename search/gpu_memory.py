@@ -33,10 +33,15 @@ def peak_share(device: str) -> Iterator[Callable[[], float | None]]:
     if not device.startswith("cuda"):
         yield lambda: None
         return
-    torch.cuda.init()  # type: ignore[no-untyped-call]  # or there are no statistics to reset
-    torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     total = torch.cuda.get_device_properties(device).total_memory
     yield lambda: (torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES) / total
+
+
+def reset_peak(device: str) -> None:
+    """Begin to look for the peak of a GPU's memory anew."""
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # or there are no statistics to reset
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def trial_share(base_share: float | None) -> float:

@@ -235,9 +235,8 @@ class RunDirectory:
 def _append(path: Path, record: Mapping[str, Any], *, durable: bool) -> None:
     """Add one line of JSON, whole or not at all."""
     text = json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    line = (
-        text.encode("utf-8", "backslashreplace") + b"\n"
-    )  # half a surrogate pair becomes JSON's escape of it
+    # Half a surrogate pair becomes JSON's escape of it.
+    line = text.encode("utf-8", "backslashreplace") + b"\n"
     new = not path.exists()
     with path.open("ab", buffering=0) as file:
         before = file.tell()

@@ -136,22 +136,24 @@ class Watcher:
         self._last_failure: str | None = None
         for result in ready.keeper.results:
             self._count(result)
+        self._hypervolume = self._present_hypervolume()
 
     def __call__(self, result: TrialResult) -> None:
         """Take in a trial that the keeper has recorded."""
         self._count(result)
         members = self._keeper.members
-        hypervolume = self._keeper.front().hypervolumes()["hypervolume"] if members else None
+        on_front = any(member.number == result.number for member in members)
+        if on_front:  # or it is as it was
+            self._hypervolume = self._present_hypervolume()
         self._display.update(
             **self._counts,
             front_size=len(members),
-            hypervolume=hypervolume,
+            hypervolume=self._hypervolume,
             last_failure=self._last_failure,
             front=[(member.size_ratio or 1.0, member.retention or 0.0) for member in members],
         )
         self._finished_here += 1
         now = time.monotonic()
-        on_front = any(member.number == result.number for member in members)
         if self._logs_trials:
             self._logger.log_trial(result.to_record(), on_front)
             if on_front:
@@ -162,10 +164,13 @@ class Watcher:
         row = {
             **self._counts,
             "front_size": len(members),
-            "hypervolume": hypervolume,
+            "hypervolume": self._hypervolume,
             "trials_per_minute": 60 * self._finished_here / max(now - self._began, 1e-3),
         }
         self._logger.log_search(row)
+
+    def _present_hypervolume(self) -> float | None:
+        return self._keeper.front().hypervolumes()["hypervolume"] if self._keeper.members else None
 
     def _count(self, result: TrialResult) -> None:
         self._counts["finished"] += 1

@@ -130,13 +130,8 @@ def _pipeline(
     agent.load_states({**sliced, "model": repaired})
 
     parameters = parameter_count(agent.model)
-    unmeasured = TrialResult(
-        number=spec.number,
-        status="stopped",
-        plan=spec.plan,
-        origin=spec.origin,
-        seed=spec.seed,
-        options=spec.options,
+    unmeasured = replace(
+        TrialResult.of(spec, "stopped"),
         parameters=parameters,
         size_ratio=parameters / base.parameters,
         macs=decision_macs(agent) if settings.rungs and "macs" in settings.objectives else None,

@@ -6,7 +6,7 @@ Plain, picklable values; a result without its model's state is a record, one lin
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
@@ -179,19 +179,26 @@ class TrialResult:
     state: Mapping[str, np.ndarray] | None = None
 
     @staticmethod
-    def failure(spec: TrialSpec, reason: str, *, started: str = "", finished: str = "") -> TrialResult:
-        """A trial without measurements, and why, in one line."""
+    def of(spec: TrialSpec, status: Status) -> TrialResult:
+        """The result of a specification, with nothing measured yet."""
         return TrialResult(
             number=spec.number,
-            status="failed",
+            status=status,
             plan=spec.plan,
             origin=spec.origin,
             seed=spec.seed,
             options=spec.options,
-            reason=reason,
-            started=started,
-            finished=finished,
         )
+
+    @staticmethod
+    def failure(spec: TrialSpec, reason: str, *, started: str = "", finished: str = "") -> TrialResult:
+        """A trial without measurements, and why, in one line."""
+        failed = TrialResult.of(spec, "failed")
+        return replace(failed, reason=reason, started=started, finished=finished)
+
+    def light(self) -> TrialResult:
+        """This without what is large and on the disk once it is stored: a search may have ten thousand."""
+        return replace(self, state=None, kept={})
 
     @property
     def complete(self) -> bool:

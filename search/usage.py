@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from search.gpu_memory import reset_peak
+
 MIB = 2**20
 
 
@@ -21,8 +23,7 @@ class Usage:
         self._device = device
         self._began = time.process_time()
         if device.startswith("cuda"):
-            torch.cuda.init()  # type: ignore[no-untyped-call]  # or there are no statistics to reset
-            torch.cuda.reset_peak_memory_stats(device)
+            reset_peak(device)
 
     def so_far(self) -> dict[str, float]:
         """What was taken.

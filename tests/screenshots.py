@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
+import chromium
 from playwright.sync_api import sync_playwright
 
 from search.report import write_report
@@ -16,9 +16,7 @@ if __name__ == "__main__":
     pictures.mkdir(exist_ok=True)
     report = write_report(RunDirectory.open(run)).path.resolve()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = playwright.chromium.launch(executable_path=chromium.EXECUTABLE, args=chromium.ARGUMENTS)
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.goto(report.as_uri())
         page.wait_for_function("document.documentElement.dataset.ready")

@@ -54,13 +54,8 @@ def _refuse() -> None:
 
 
 def complete(spec: TrialSpec, **measured: Any) -> TrialResult:
-    return TrialResult(
-        number=spec.number,
-        status="complete",
-        plan=spec.plan,
-        origin=spec.origin,
-        seed=spec.seed,
-        options=spec.options,
+    return replace(
+        TrialResult.of(spec, "complete"),
         objectives={"parameters": 100.0 - spec.number, "error": 0.1 * spec.number},
         **measured,
     )

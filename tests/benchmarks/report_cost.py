@@ -9,7 +9,6 @@ the front is drawn and answers, and `scroll_seconds` until every other chart is 
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
 import tempfile
@@ -21,16 +20,14 @@ from figures import run
 from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import chromium
 from report_runs import made_up_run
 
 from search.report import write_report
 
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-
 
 def measure(options: argparse.Namespace) -> Mapping[str, object]:
     """Write the report, and open it."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     ready, scrolled = [], []
     with tempfile.TemporaryDirectory() as directory:
         made = made_up_run(Path(directory) / "toy", options.trials)
@@ -39,7 +36,7 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
         written = time.perf_counter() - start
         size = path.stat().st_size
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
+            browser = playwright.chromium.launch(executable_path=chromium.EXECUTABLE, args=chromium.ARGUMENTS)
             for _ in range(options.repeats):
                 context = browser.new_context(viewport={"width": 1280, "height": 800})
                 context.set_offline(True)

@@ -27,10 +27,15 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from figures import run
 from fronts import interval
+
+if TYPE_CHECKING:
+    from search.study import Study
+    from search.trial_types import Proposal, TrialResult
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random", "qmc")
 PROBLEMS = ("synthetic", "autoencoder")
@@ -114,18 +119,39 @@ def _synthetic_search(sampler: str, budget: int, seed: int) -> tuple[Points, flo
     space = SearchSpace.build(groups, metrics=METRICS, max_ratio=1 - SMALLEST, trials=budget)
     objectives = (Objective("parameters", "minimize", "parameters"), Objective("score", "maximize", "points"))
     study = Study(space, objectives, sampler, seed, trials=budget)  # type: ignore[arg-type]
+
+    def trial(number: int, proposal: Proposal) -> TrialResult:
+        plan = proposal.plan
+        shares = {group: 1 - ratio for group, ratio in plan.ratios.items()}
+        size, retention = synthetic_measure(shares, plan.coefficients)  # type: ignore[arg-type]
+        return TrialResult(
+            number,
+            "complete",
+            plan,
+            proposal.origin,
+            seed=0,
+            objectives={"parameters": 1e6 * size, "score": retention},
+            size_ratio=size,
+            retention=retention,
+        )
+
+    return _searched(study, budget, trial)
+
+
+def _searched(
+    study: Study, budget: int, trial: Callable[[int, Proposal], TrialResult]
+) -> tuple[Points, float]:
+    """What so many trials found, one after the other, and the seconds that their proposals took."""
     points: Points = []
     seconds = 0.0
     for number in range(budget):
         start = time.process_time()
         proposal = study.ask(number)
         seconds += time.process_time() - start
-        plan = proposal.plan
-        shares = {group: 1 - ratio for group, ratio in plan.ratios.items()}
-        size, retention = synthetic_measure(shares, plan.coefficients)  # type: ignore[arg-type]
-        points.append((size, retention))
-        measured = {"parameters": 1e6 * size, "score": retention}
-        study.tell(TrialResult(number, "complete", plan, proposal.origin, seed=0, objectives=measured))
+        result = trial(number, proposal)
+        # One that fails counts as a trial that found nothing.
+        points.append((result.size_ratio or 1.0, result.retention or 0.0))
+        study.tell(result)
     return points, seconds
 
 
@@ -142,18 +168,11 @@ def _autoencoder_search(seed: int) -> Callable[[str, int, int], tuple[Points, fl
 
     def search(sampler: str, budget: int, seed: int) -> tuple[Points, float]:
         checked = experiment(f"search.sampler={sampler}", f"search.trials={budget}")
-        study = checked.new_study()
-        points: Points = []
-        seconds = 0.0
-        for number in range(budget):
-            start = time.process_time()
-            proposal = study.ask(number)
-            seconds += time.process_time() - start
-            result = run_trial(checked.specify(number, proposal), base)
-            # One that fails counts as a trial that found nothing.
-            points.append((result.size_ratio or 1.0, result.retention or 0.0))
-            study.tell(result)
-        return points, seconds
+
+        def trial(number: int, proposal: Proposal) -> TrialResult:
+            return run_trial(checked.specify(number, proposal), base)
+
+        return _searched(checked.new_study(), budget, trial)
 
     return search
 

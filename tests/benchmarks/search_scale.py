@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -65,12 +66,8 @@ def resident_mb() -> float:
 def empty_trial(spec: TrialSpec, base: Base, device: str) -> TrialResult:
     """A trial that does nothing and returns as much as one that does: a dense model, made-up measures."""
     size, error = np.random.default_rng(spec.seed).random(2)
-    return TrialResult(
-        number=spec.number,
-        status="complete",
-        plan=spec.plan,
-        origin=spec.origin,
-        seed=spec.seed,
+    return replace(
+        TrialResult.of(spec, "complete"),
         objectives={"parameters": 1.0 + round(size * base.parameters), "reconstruction_error": float(error)},
         parameters=1 + round(size * base.parameters),
         size_ratio=float(size),

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,8 @@ PARAMETERS = 100_000
 def empty_trial(spec: TrialSpec, base: object, device: str) -> TrialResult:
     """A trial that does nothing, and returns as much as one that does."""
     state = {f"layer{i}.weight": np.zeros((100, PARAMETERS // 1000), np.float32) for i in range(10)}
-    return TrialResult(
-        number=spec.number,
-        status="complete",
-        plan=spec.plan,
-        origin=spec.origin,
-        seed=spec.seed,
+    return replace(
+        TrialResult.of(spec, "complete"),
         objectives={"parameters": float(PARAMETERS - spec.number), "error": 0.01 + spec.seed / 2**34},
         parameters=PARAMETERS - spec.number,
         size_ratio=0.5,
