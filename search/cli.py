@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_front(commands)
     _add_report(commands)
     _add_sync(commands)
+    _add_dashboard(commands)
     _add_select(commands)
     _add_verify(commands)
     _add_profile(commands)
@@ -179,6 +180,17 @@ def _add_sync(commands: Any) -> None:
         "sync",
         "upload the W&B runs of a run that are on the disk only",
         "Upload the W&B runs of a run that are on the disk only, by `wandb sync`. Exit code 1 if that fails.",
+    )
+
+
+def _add_dashboard(commands: Any) -> None:
+    _of_run(
+        commands,
+        "dashboard",
+        "make a W&B dashboard of a run, its front first",
+        "Make a dashboard in W&B that shows the front of a run first, or make it anew. The run has to be "
+        "online there, and wandb-workspaces installed: pip install 'prunefront[dashboard]'. An online search "
+        "makes it by itself.",
     )
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from components import UserError
 from components.errors import nearest
-from search.config import ExperimentConfig, load_experiment
+from search.config import ExperimentConfig, load_experiment, parse_experiment
 from search.front import Front, percent
 from search.front_table import (
     WIDTH,
@@ -82,6 +82,26 @@ def sync(options: argparse.Namespace) -> int:
         )
     command = [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", "--yes", str(run.wandb)]
     return 1 if subprocess.run(command, check=False).returncode else 0
+
+
+def dashboard(options: argparse.Namespace) -> int:
+    """Make the dashboard of a run in W&B, or make it anew."""
+    from search.wandb_logger import make_dashboard
+
+    run = find_run(options.run, options.runs_dir)
+    config = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))
+    trials = run.read_trials()
+    if not trials:
+        raise UserError(f"{run.path} has no trials yet: a dashboard has nothing to show")
+    address = make_dashboard(
+        run.path,
+        experiment=run.path.resolve().name,
+        project=config.wandb.project,
+        entity=config.wandb.entity,
+        trial=next((trial for trial in trials if trial.complete), trials[0]).to_record(),
+    )
+    print(f"Dashboard: {address}")
+    return 0
 
 
 def select(options: argparse.Namespace) -> int:

@@ -32,7 +32,8 @@ from search.progress import SearchProgress, TrainingProgress, duration
 from search.ray_connection import require_answer
 from search.report import Report, write_report
 from search.trial_types import TrialResult
-from search.wandb_logger import WandbLogger, require_key
+from search.wandb_logger import WandbLogger, require_account
+from search.wandb_plots import Tried
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -65,7 +66,7 @@ def run(
         require_reachable(config.search.constraints, smallest, largest, checked.agent.performance)
     if address is not None:
         require_answer(address)
-    require_key(config.wandb.mode)
+    require_account(config.wandb.mode, config.wandb.entity)
     console.print(plan_line(checked), soft_wrap=True, highlight=False)
     with TrainingProgress("base", console) as progress:
         ready = make_ready(checked, progress)
@@ -134,9 +135,13 @@ class Watcher:
         self._front_logged = -math.inf
         self._counts = {"finished": 0, "failed": 0, "stopped": 0}
         self._last_failure: str | None = None
+        self._not_logged: list[Tried] = []
         for result in ready.keeper.results:
             self._count(result)
         self._hypervolume = self._present_hypervolume()
+        if self._logs_trials:  # their runs are open again: they may yet leave the front
+            for member in ready.keeper.members:
+                logger.log_trial(member.to_record(), on_front=True)
 
     def __call__(self, result: TrialResult) -> None:
         """Take in a trial that the keeper has recorded."""
@@ -161,13 +166,15 @@ class Watcher:
         if on_front and now - self._front_logged > FRONT_SECONDS:
             self._front_logged = now
             self._logger.log_front(self._keeper.front().to_json()["trials"])
+            self._logger.begin_dashboard(result.to_record())
         row = {
             **self._counts,
             "front_size": len(members),
             "hypervolume": self._hypervolume,
             "trials_per_minute": 60 * self._finished_here / max(now - self._began, 1e-3),
         }
-        self._logger.log_search(row)
+        self._logger.log_search(row, self._not_logged)
+        self._not_logged = []
 
     def _present_hypervolume(self) -> float | None:
         return self._keeper.front().hypervolumes()["hypervolume"] if self._keeper.members else None
@@ -176,6 +183,9 @@ class Watcher:
         self._counts["finished"] += 1
         self._counts["failed"] += result.failed
         self._counts["stopped"] += result.stopped
+        if result.complete:
+            size, retention = result.size_ratio or 1.0, result.retention or 0.0
+            self._not_logged.append((result.number, result.origin, size, retention))
         if result.failed:
             self._last_failure = result.reason
 
@@ -294,8 +304,10 @@ def next_steps(
     if dashboard.exists() or shutil.which("optuna-dashboard"):
         database = ready.checked.config.without_secrets().storage or f"sqlite:///{run.study}"
         steps.append(("Optuna", f"{command_name('optuna-dashboard')} {database}"))
+    if logger.dashboard is not None:
+        steps.append(("Dashboard", logger.dashboard))
     if logger.mode == "online":
-        steps.append(("W&B", f"online, and in {logger.directory}"))
+        steps.append(("W&B", logger.address or f"online, and in {logger.directory}"))
     elif logger.mode != "disabled":
         steps.append(("W&B", f"{logger.directory}; to upload: {command_name()} sync {run.path}"))
     return steps

@@ -16,12 +16,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from components.errors import UserError
-from search.wandb_records import Record
+from search.wandb_plots import Tried
+from search.wandb_records import Record, trial_run
 from search.wandb_runs import Mode
 
 _WAITING_LIMIT = 10_000  # messages; more are dropped
@@ -33,6 +36,12 @@ class WandbLogger:
     """One W&B run per trial, grouped by experiment, and one for the search; as a context manager.
 
     No method blocks (but `close`, for half a minute at most) or raises. Files are in `<directory>/wandb`.
+
+    Attributes:
+        mode: how runs are logged: `auto` until that is known.
+        directory: where the files are.
+        address: of the search's run; None until it is online.
+        dashboard: address of the dashboard; None until there is one.
 
     Args:
         directory: the run directory.
@@ -57,7 +66,11 @@ class WandbLogger:
         warn: Callable[[str], None] = lambda sentence: print(sentence, file=sys.stderr),
     ) -> None:
         self.mode: Mode = mode
+        self.address: str | None = None
+        self.dashboard: str | None = None
+        self._makes_dashboard = False
         self.directory = directory / "wandb"
+        self._place: dict[str, Any] = {"experiment": experiment, "project": project, "entity": entity}
         self._warn = warn
         self._warned: set[str] = set()
         self._lost = False
@@ -84,11 +97,9 @@ class WandbLogger:
         self._send(
             "start",
             directory=str(directory.absolute()),
-            experiment=experiment,
             mode=mode,
-            project=project,
-            entity=entity,
             config=config or {},
+            **self._place,
         )
 
     def log_trial(self, record: Record, on_front: bool | None = None) -> None:
@@ -100,16 +111,40 @@ class WandbLogger:
         """
         self._send("trial", record=record, on_front=on_front)
 
+    def begin_dashboard(self, trial: Record) -> None:
+        """Make the dashboard, in the background, if the runs are online and `wandb-workspaces` is there.
+
+        Only the first call does. Where that fails, `prunefront dashboard` says why.
+
+        Args:
+            trial: see `make_dashboard`.
+        """
+        if self._makes_dashboard or self.address is None or find_spec("wandb_workspaces") is None:
+            return
+        self._makes_dashboard = True
+
+        def make() -> None:
+            with suppress(UserError, OSError):
+                self.dashboard = make_dashboard(self.directory.parent, trial=trial, **self._place)
+
+        threading.Thread(target=make, name="wandb-dashboard", daemon=True).start()
+
     def log_members(self, numbers: Sequence[int]) -> None:
         """Say which trials are on the front now."""
         self._send("members", numbers=list(numbers))
 
-    def log_search(self, row: Mapping[str, float | int | None]) -> None:
-        """Log the state of the search after a trial: trials finished, front size, hypervolume ..."""
-        self._send("search", row={name: value for name, value in row.items() if value is not None})
+    def log_search(self, row: Mapping[str, float | int | None], tried: Sequence[Tried] = ()) -> None:
+        """Log the state of the search after a trial: trials finished, front size, hypervolume ...
+
+        Args:
+            row: of the history.
+            tried: the complete trials since the call before, which the front is drawn with.
+        """
+        known = {name: value for name, value in row.items() if value is not None}
+        self._send("search", row=known, tried=list(tried))
 
     def log_front(self, front: Sequence[Record]) -> None:
-        """Log the front as it stands, one mapping per trial, in place of the one before."""
+        """Log the front as it stands, one mapping per trial: a table, in place of the last, and a plot."""
         self._send("front", front=list(front))
 
     def finish(
@@ -126,12 +161,13 @@ class WandbLogger:
         """Log what the search came to, and end its run.
 
         Args:
-            front: one mapping per trial: a table and a scatter plot.
+            front: one mapping per trial: a table and a plot.
             summary: nested or flat.
-            bundles: trial -> directory: artifacts with the tag `pareto`.
-            aliases: trial -> names of its artifact, such as `knee`.
-            importance: of groups over training, as in a report: a table.
-            matters: measurement -> choice -> how much of it that explains.
+            bundles: trial -> directory: versions of an artifact, with the tag `pareto` and the alias
+                `trial-00000` and so on.
+            aliases: trial -> more aliases of its version, such as `knee`.
+            importance: of groups over training, as in a report: a table and a heat map.
+            matters: measurement -> choice -> how much of it that explains: numbers and a plot.
             report: a page, to be looked at beside the charts.
         """
         self._send(
@@ -212,6 +248,7 @@ class WandbLogger:
                     self._warn_once(report["warning"])
                 if "mode" in report:
                     self.mode = report["mode"]
+                self.address = report.get("url") or self.address
         self._ended()
 
     def _ended(self) -> None:
@@ -228,31 +265,74 @@ class WandbLogger:
             self._warn(sentence)
 
 
-def require_key(mode: Mode) -> None:
-    """Refuse to begin a search whose runs are to be online with a key that is missing or wrong.
+def require_account(mode: Mode, entity: str | None = None) -> None:
+    """Refuse to begin a search whose runs are to be online without an account that takes them.
 
     A server that does not answer is no reason: runs are kept offline then.
 
     Raises:
-        UserError: what is wrong with the key.
+        UserError: what is wrong with the API key or the entity.
     """
-    if mode != "online":
-        return
+    if mode == "online" and (fault := _ask("--check", {"entity": entity}).get("fault")):
+        raise UserError(f"wandb.mode is 'online', but {fault}")
+
+
+def make_dashboard(
+    directory: Path, *, experiment: str, project: str, entity: str | None, trial: Record
+) -> str:
+    """Make a search's dashboard in W&B, or make it anew, and return its address.
+
+    Args:
+        directory: the run directory.
+        experiment: its name.
+        project: W&B project.
+        entity: user or team; None for the account's default.
+        trial: one of the search, whatever came of it: what it chose and measured has names.
+
+    Raises:
+        UserError: why there is none.
+    """
+    known = directory / "wandb" / "dashboard"
+    content = {
+        "experiment": experiment,
+        "search_run": _search_run(directory / "wandb"),
+        "project": project,
+        "entity": entity,
+        "objectives": list(trial["objectives"]),
+        "choices": [name for name in trial_run(trial)[0] if "/" in name],
+        "address": known.read_text() if known.is_file() else None,
+    }
+    told = _ask("--dashboard", content)
+    if "dashboard" not in told:
+        raise UserError(f"there is no dashboard in W&B: {told.get('fault') or 'its server does not answer'}")
+    known.write_text(told["dashboard"])
+    return told["dashboard"]
+
+
+def _search_run(directory: Path) -> str:
+    """Id of the search's run: of the last one, where an attempt to begin it failed."""
+    runs = sorted(directory.glob("*run-*-search*"), key=lambda run: run.name.partition("run-")[2])
+    if not runs:
+        raise UserError(f"{directory} has no W&B run of a search: wandb.mode was 'disabled', or no trial ran")
+    return runs[-1].name.partition("run-")[2].partition("-")[2]
+
+
+def _ask(question: str, content: Mapping[str, Any]) -> dict[str, str]:
+    """What the logging process says to one question; nothing where it fails or takes too long."""
     try:
         told = subprocess.run(
-            [*_COMMAND, "--check"],
+            [*_COMMAND, question],
             env=_environment(),
-            stdin=subprocess.DEVNULL,
+            input=json.dumps(content),
             capture_output=True,
             text=True,
             check=True,
             timeout=_CLOSE_TIMEOUT,
         )
-        fault = json.loads(told.stdout)["fault"]
-    except (OSError, subprocess.SubprocessError, ValueError, KeyError):
-        return
-    if fault:
-        raise UserError(f"wandb.mode is 'online', but W&B does not take the key: {fault}")
+        answer: dict[str, str] = json.loads(told.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}
+    return answer
 
 
 # -P: a directory named wandb where the search was started is not the package.

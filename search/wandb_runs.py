@@ -1,7 +1,8 @@
-"""Runs in Weights & Biases, in a process of their own: the only place that imports wandb.
+"""Runs in Weights & Biases, in a process of their own.
 
 Started by `search.wandb_logger` as `python -m search.wandb_runs`: messages come in on standard input, one
-JSON object per line, and reports go out on standard output.
+JSON object per line, and reports go out on standard output. With `--check` or `--dashboard` it reads one
+object, does that, reports and ends.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from search.wandb_dashboard import DashboardContent, save_dashboard
+from search.wandb_plots import Tried, front_plot, importance_plot, matters_plot
 from search.wandb_records import Record, flat, front_table, importance_table, trial_run
 
 Mode = Literal["auto", "online", "offline", "disabled"]
@@ -36,6 +39,7 @@ class _Runs:
         self._report = report
         self._search: Any = None
         self._open: dict[int, Any] = {}  # runs of the trials that are on the front
+        self._tried: list[Tried] = []
         self._failures = 0
 
     def handle(self, message: dict[str, Any]) -> None:
@@ -73,11 +77,15 @@ class _Runs:
         self._project, self._entity = project, entity
         self._prefix = _search_id(Path(directory) / "wandb", experiment)
         self._mode = self._resolve(mode)
-        self._search = self._new_run(f"{self._prefix}-search", experiment, "search", flat(config))
+        run_id = f"{self._prefix}-search"
+        # What a resumed search adds goes behind what there is. Offline, that is decided when it is uploaded.
+        # The first part of an online run is not to be continued: `sync` may upload it once more.
+        continued = self._mode == "offline" or any((Path(directory) / "wandb").glob(f"*run-*-{run_id}*"))
+        self._search = self._new_run(run_id, experiment, "search", flat(config), continued=continued)
         self._search.define_metric("finished", summary="max")
         for name in COURSE:
             self._search.define_metric(name, step_metric="finished")
-        self._report({"mode": self._mode})
+        self._report({"mode": self._mode, "url": self._search.url or "", "search_run": self._search.id})
 
     def trial(self, record: dict[str, Any], on_front: bool | None = None) -> None:
         """A run for one trial."""
@@ -98,8 +106,9 @@ class _Runs:
             run.summary.update({"on_front": False})
             run.finish()
 
-    def search(self, row: dict[str, Any]) -> None:
-        """One row of the search's history."""
+    def search(self, row: dict[str, Any], tried: list[Tried]) -> None:
+        """One row of the search's history, and the trials that were completed."""
+        self._tried += tried
         self._search.log(row)
 
     def front(self, front: list[dict[str, Any]]) -> None:
@@ -109,7 +118,10 @@ class _Runs:
         columns, rows = self._linked(front)
         if rows:
             self._search.log(
-                {"live_front": wandb.Table(columns=list(columns), data=rows, log_mode="MUTABLE")}
+                {
+                    "front_plot": wandb.Plotly(front_plot(front, self._tried)),
+                    "live_front": wandb.Table(columns=list(columns), data=rows, log_mode="MUTABLE"),
+                }
             )
 
     def finish(
@@ -129,13 +141,12 @@ class _Runs:
         columns, rows = self._linked(front)
         if rows:
             content["front"] = wandb.Table(columns=list(columns), data=rows)
-            if {"size_ratio", "retention"} <= set(columns):
-                content["front_scatter"] = wandb.plot.scatter(
-                    content["front"], "size_ratio", "retention", title="Retention against size"
-                )
+            content["front_plot"] = wandb.Plotly(front_plot(front, self._tried))
         columns, rows = importance_table(importance)
         if rows:
             content["importance"] = wandb.Table(columns=list(columns), data=rows)
+        plots = {"importance_plot": importance_plot(importance), "matters_plot": matters_plot(matters)}
+        content |= {name: wandb.Plotly(plot) for name, plot in plots.items() if plot is not None}
         if report is not None:
             content["report"] = wandb.Html(
                 Path(report).read_text(encoding="utf-8"), inject=False, data_is_not_path=True
@@ -144,16 +155,29 @@ class _Runs:
             self._search.log(content)
         self._search.summary.update({**flat(summary), **flat(matters, "matters/")})
         for number, bundle in bundles.items():
+            # Versions of one artifact: what an alias points to moves on when the search is resumed.
             artifact = wandb.Artifact(
-                self._run_id(int(number)), type="bundle", metadata={"experiment": self._experiment}
+                f"{self._prefix}-models",
+                type="bundle",
+                metadata={"experiment": self._experiment, "trial": int(number)},
             )
             artifact.add_dir(bundle)
-            self._search.log_artifact(artifact, aliases=aliases.get(number, []), tags=["pareto"])
+            names = [_alias(number), *aliases.get(number, [])]
+            self._search.log_artifact(artifact, aliases=names, tags=["pareto"])
         self.close()
 
     def _linked(self, front: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
-        """The table of a front, with the run of every trial."""
-        return front_table([{"run": self._run_id(trial["trial"]), **trial} for trial in front])
+        """The table of a front, with the run and the artifact of every trial."""
+        return front_table(
+            [
+                {
+                    "run": self._run_id(trial["trial"]),
+                    "model": f"{self._prefix}-models:{_alias(trial['trial'])}",
+                    **trial,
+                }
+                for trial in front
+            ]
+        )
 
     def _run_id(self, number: int) -> str:
         return f"{self._prefix}-{number:05d}"
@@ -189,7 +213,9 @@ class _Runs:
     def _offline(self, error: Exception) -> None:
         self._report({"mode": "offline", "warning": f"W&B runs are kept offline: {_first_line(error)}"})
 
-    def _new_run(self, run_id: str, name: str, job_type: str, config: dict[str, Any]) -> Any:
+    def _new_run(
+        self, run_id: str, name: str, job_type: str, config: dict[str, Any], *, continued: bool = False
+    ) -> Any:
         import wandb
 
         try:
@@ -204,6 +230,7 @@ class _Runs:
                 job_type=job_type,
                 config=config,
                 reinit="create_new",
+                resume="allow" if continued else None,  # without it, what is logged replaces what there is
                 settings=wandb.Settings(
                     console="off",
                     disable_code=True,
@@ -225,23 +252,46 @@ class _Runs:
             for attempt in (Path(self._directory) / "wandb").glob(f"run-*-{run_id}"):
                 shutil.rmtree(attempt, ignore_errors=True)  # uploaded later, it would be an empty run
             # The id stays taken by the attempt.
-            return self._new_run(f"{run_id}-offline", name, job_type, config)
+            return self._new_run(f"{run_id}-offline", name, job_type, config, continued=continued)
 
 
-def key_fault() -> str:
-    """What is wrong with the API key, in one line; empty where it is right, or no server says."""
+def account_fault(entity: str | None) -> str:
+    """Why runs cannot be logged to an account, in one line; empty where they can, or no server says."""
     import wandb
 
+    refuses = "W&B does not take the key: "
     try:
         wandb.login(verify=True, timeout=_SERVER_TIMEOUT)
     except wandb.errors.UsageError as error:  # there is none
-        return _first_line(error)
+        return refuses + _first_line(error)
     except wandb.errors.AuthenticationError as error:
         # Raised where nobody answers as well, told apart by these words alone.
-        return "" if "Failed to execute API request" in str(error) else _first_line(error)
+        return "" if "Failed to execute API request" in str(error) else refuses + _first_line(error)
     except Exception:
         return ""
-    return ""
+    if entity is None:
+        return ""
+    try:
+        viewer = wandb.Api(timeout=_SERVER_TIMEOUT).viewer
+        theirs = list(dict.fromkeys(filter(None, [viewer.username, viewer.entity, *viewer.teams])))
+        known = bool(viewer.admin) or entity in theirs
+    except Exception:
+        return ""
+    return "" if known else f"wandb.entity {entity!r} is none of its account's: {', '.join(theirs)}"
+
+
+def make_dashboard(content: DashboardContent) -> dict[str, str]:
+    """Make a dashboard: its address as `dashboard`, or what is wrong, in one line, as `fault`."""
+    if fault := account_fault(content.entity):
+        return {"fault": fault}
+    try:
+        return {"dashboard": save_dashboard(content)}
+    except ImportError:
+        return {"fault": "it needs wandb-workspaces: pip install 'prunefront[dashboard]'"}
+    except LookupError as error:
+        return {"fault": f"{error.args[0]}; `prunefront sync` uploads what is on the disk only"}
+    except Exception as error:
+        return {"fault": _first_line(error)}
 
 
 def _search_id(directory: Path, experiment: str) -> str:
@@ -251,6 +301,11 @@ def _search_id(directory: Path, experiment: str) -> str:
         name = re.sub(r"[^A-Za-z0-9]+", "-", experiment).strip("-")[:40]
         file.write_text(f"{name}-{secrets.token_hex(4)}")
     return file.read_text()
+
+
+def _alias(number: int | str) -> str:
+    """Of the artifact of a trial."""
+    return f"trial-{int(number):05d}"
 
 
 def _first_line(error: Exception) -> str:
@@ -268,10 +323,14 @@ def _serve() -> None:
         with suppress(OSError):  # the search has ended; its runs are finished all the same
             print(json.dumps(content), file=reports, flush=True)
 
+    match sys.argv[1:]:
+        case ["--check"]:
+            report({"fault": account_fault(json.load(sys.stdin)["entity"])})
+            return
+        case ["--dashboard"]:
+            report(make_dashboard(DashboardContent(**json.load(sys.stdin))))
+            return
     runs = _Runs(report)
-    if sys.argv[1:] == ["--check"]:
-        report({"fault": key_fault()})
-        return
     for line in sys.stdin:
         runs.handle(json.loads(line))
     runs.handle({"kind": "close"})

@@ -145,6 +145,12 @@ IMPORTANCE = {
 }
 
 
+FRONT: list[dict[str, Any]] = [
+    {"trial": 0, "parameters": 10, "size_ratio": 0.125, "retention": 0.875, "ratios": {"latent": 0.75}},
+    {"trial": 2, "parameters": 40, "size_ratio": 0.5, "retention": 1.0, "ratios": {"encoder.0": 0.5}},
+]
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
     """The files of a search of two trials."""
@@ -158,20 +164,17 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
         patch.setenv("WANDB_CONFIG_DIR", str(directory))
         with WandbLogger(directory, config={"search": {"trials": 3}}, **options) as logger:
             logger.log_trial(record(0), on_front=True)
-            logger.log_search({"finished": 1, "failed": 0, "front_size": 1, "hypervolume": 0.5})
-            logger.log_front([{"trial": 0, "size_ratio": 0.125, "retention": 0.875}])
+            row = {"finished": 1, "failed": 0, "front_size": 1, "hypervolume": 0.5}
+            logger.log_search(row, [(0, "tpe", 0.125, 0.875), (3, "anchor: dense", 1.0, 0.5)])
+            logger.log_front([FRONT[0]])
             logger.log_trial(record(1, **FAILED))
             logger.log_search({"finished": 2, "failed": 1, "front_size": 1, "hypervolume": None})
             bundle = directory / "bundle"
             bundle.mkdir()
             (bundle / "model.safetensors").write_bytes(b"weights")
             (directory / "report.html").write_text("<!doctype html><p>all of it</p>")
-            front = [
-                {"trial": 0, "size_ratio": 0.125, "retention": 0.875, "ratios": {"latent": 0.75}},
-                {"trial": 2, "size_ratio": 0.5, "retention": 1.0, "ratios": {"encoder.0": 0.5}},
-            ]
             logger.finish(
-                front,
+                FRONT,
                 {"hypervolume": 0.75, "retention_at": {"5 %": 0.25}},
                 bundles={0: bundle, 2: bundle},
                 aliases={0: ["knee", "smallest-90"]},
@@ -264,15 +267,16 @@ def test_the_search_has_its_course_and_its_front(logged: dict[str, OfflineRun]) 
     assert "hypervolume" not in second
     assert (live["live_front/_type"], live["live_front/nrows"]) == ("table-file", 1)
     assert live["live_front/log_mode"] == "MUTABLE"
-    assert (last["front/_type"], last["front/nrows"], last["front/ncols"]) == ("table-file", 2, 6)
+    assert (last["front/_type"], last["front/nrows"], last["front/ncols"]) == ("table-file", 2, 8)
     assert (last["importance/nrows"], last["importance/ncols"]) == (3, 4)
     assert last["report/_type"] == "html-file"
     assert run.summary["hypervolume"] == 0.75
     assert run.summary["retention_at/5 %"] == 0.25
     assert run.summary["matters/retention/share latent"] == 0.75
     assert run.exit_code == 0
-    assert last["front_scatter_table/nrows"] == 2
-    assert "front_scatter" in json.dumps(run.config)
+    plots = ("front_plot", "importance_plot", "matters_plot")
+    assert {last[f"{name}/_type"] for name in plots} == {"plotly-file"}
+    assert live["front_plot/_type"] == "plotly-file"
 
 
 def test_what_is_over_trials_has_them_as_its_axis(logged: dict[str, OfflineRun]) -> None:
@@ -292,17 +296,33 @@ def test_media_are_what_was_handed_over(logged: dict[str, OfflineRun]) -> None:
     prefix = run.run.run_id.removesuffix("-search")
     assert [row[place["run"]] for row in table["data"]] == [f"{prefix}-00000", f"{prefix}-00002"]
     assert [row[place["retention"]] for row in table["data"]] == [0.875, 1.0]
+    models = [f"{prefix}-models:trial-00000", f"{prefix}-models:trial-00002"]
+    assert [row[place["model"]] for row in table["data"]] == models
 
 
-def test_the_fronts_bundles_are_artifacts(logged: dict[str, OfflineRun]) -> None:
+def test_the_front_is_drawn_with_what_it_dominates(logged: dict[str, OfflineRun]) -> None:
+    run = logged["digits"]
+    plot = json.loads((run.directory / "files" / run.history[-1]["front_plot/path"]).read_text())
+    drawn = {(trace["name"], trace["mode"]): (trace["x"], trace["y"]) for trace in plot["data"]}
+    assert drawn == {
+        ("other trials", "markers"): ([], []),
+        ("baselines", "markers"): ([1.0], [0.5]),
+        ("front", "lines"): ([0.125, 0.5], [0.875, 1.0]),
+        ("front", "markers"): ([0.125, 0.5], [0.875, 1.0]),
+        ("base", "markers"): ([1.0], [1.0]),
+    }
+
+
+def test_the_fronts_bundles_are_versions_of_one_artifact(logged: dict[str, OfflineRun]) -> None:
     run = logged["digits"]
     prefix = run.run.run_id.removesuffix("-search")
-    found = {artifact.name: artifact for artifact in run.artifacts}
-    assert {f"{prefix}-00000", f"{prefix}-00002"} <= set(found)
-    first, other = found[f"{prefix}-00000"], found[f"{prefix}-00002"]
-    assert (first.type, list(first.tags)) == ("bundle", ["pareto"])
-    assert {"knee", "smallest-90"} <= set(first.aliases)
+    first, other = [found for found in run.artifacts if found.type == "bundle"]
+    assert {first.name, other.name} == {f"{prefix}-models"}
+    assert list(first.tags) == ["pareto"]
+    assert {"trial-00000", "knee", "smallest-90"} <= set(first.aliases)
+    assert "trial-00002" in other.aliases
     assert "knee" not in other.aliases
+    assert [json.loads(found.metadata)["trial"] for found in (first, other)] == [0, 2]
     assert [entry.path for entry in first.manifest.contents] == ["model.safetensors"]
 
 
@@ -455,13 +475,13 @@ def test_a_wrong_key_is_said_before_anything_is_done(handler: Any, monkeypatch: 
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(UserError, match="'online', but W&B does not take the key: Failed to auth"):
-            wandb_logger.require_key("online")
+            wandb_logger.require_account("online")
         server.shutdown()
 
 
 @pytest.mark.parametrize("mode", ["auto", "offline", "disabled"])
 def test_other_modes_need_no_key(mode: Any) -> None:
-    wandb_logger.require_key(mode)
+    wandb_logger.require_account(mode, "nobody")
 
 
 def test_a_server_that_does_not_answer_keeps_no_search_from_beginning(
@@ -469,7 +489,7 @@ def test_a_server_that_does_not_answer_keeps_no_search_from_beginning(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    wandb_logger.require_key("online")
+    wandb_logger.require_account("online", "nobody")
 
 
 def test_a_process_that_is_killed_costs_one_sentence(tmp_path: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_run_directory import result
 from test_wandb_logger import FAILED, IMPORTANCE, offline_runs, record
 from wandb_server import WandbServer, wandb_server
 
+from components.errors import UserError
 from search.cli import main
-from search.wandb_logger import WandbLogger, require_key
+from search.run_directory import RunDirectory
+from search.wandb_logger import WandbLogger, require_account
 
 pytestmark = pytest.mark.slow
 TRIALS = 3
@@ -63,12 +68,12 @@ def prefix_of(run: Path) -> str:
 
 
 def test_everything_arrives(server: WandbServer, run: Path, tmp_path: Path) -> None:
-    require_key("online")
+    require_account("online", "control-team")
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     (bundle / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "report.html").write_text("<p>all of it</p>")
-    front = [{"trial": 0, "size_ratio": 0.125, "retention": 0.875}]
+    front = [{"trial": 0, "parameters": 10, "size_ratio": 0.125, "retention": 0.875}]
     warnings: list[str] = []
     with WandbLogger(run, experiment="digits", mode="auto", warn=warnings.append) as logger:
         for number in range(TRIALS):
@@ -83,15 +88,16 @@ def test_everything_arrives(server: WandbServer, run: Path, tmp_path: Path) -> N
             report=tmp_path / "report.html",
         )
     assert (logger.mode, warnings) == ("online", [])
+    assert logger.address == f"{server.url}/us/prunefront/runs/{prefix_of(run)}-search"
     prefix = prefix_of(run)
     check(server, prefix, {0: "complete", 1: "failed", 2: "complete"})
     assert server.runs[f"{prefix}-search"].summary["hypervolume"] == 0.5
     kinds = {artifact.name: artifact.type for artifact in server.artifacts.values()}
-    assert kinds[f"{prefix}-00000"] == "bundle"
+    assert kinds[f"{prefix}-models"] == "bundle"
     tables = ("live_front", "front", "importance")
     assert {f"run-{prefix}-search-{name}" for name in tables} <= set(kinds)
     [found] = [artifact for artifact in server.artifacts.values() if artifact.type == "bundle"]
-    assert {"knee", "smallest-95"} <= found.aliases
+    assert {"trial-00000", "knee", "smallest-95"} <= found.aliases
     assert found.tags == {"pareto"}
     assert all(artifact.committed for artifact in server.artifacts.values())
     assert b"weights" in server.files.values()
@@ -142,3 +148,94 @@ def test_offline_runs_are_uploaded_by_sync(
     monkeypatch.chdir(run.parent.parent)
     assert main(["sync", "digits"]) == 0
     check(server, prefix_of(run), {0: "complete", 1: "failed", 2: "complete"})
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_resumed_search_continues_its_run(
+    mode: Any, server: WandbServer, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in (range(2), range(2, TRIALS)):
+        with WandbLogger(run, experiment="digits", mode=mode, warn=pytest.fail) as logger:
+            for number in part:
+                log(logger, number)
+            logger.finish([], {"hypervolume": 0.1 * part.stop})
+        time.sleep(1.1)  # folders of runs are told apart by the second
+    if mode == "offline":
+        monkeypatch.chdir(run.parent.parent)
+        assert main(["sync", "digits"]) == 0
+    check(server, prefix_of(run), {0: "complete", 1: "failed", 2: "complete"})
+    assert len(server.runs) == TRIALS + 1
+    assert server.runs[f"{prefix_of(run)}-search"].summary["hypervolume"] == pytest.approx(0.1 * TRIALS)
+
+
+def test_a_trial_that_is_logged_again_is_there_once(server: WandbServer, run: Path) -> None:
+    for _ in range(2):
+        with WandbLogger(run, experiment="digits", mode="online", warn=pytest.fail) as logger:
+            logger.log_trial(record(0), on_front=True)
+            logger.log_members([])
+        time.sleep(1.1)
+    trial = server.runs[f"{prefix_of(run)}-00000"]
+    assert len(trial.history) == 3
+    assert trial.summary["on_front"] is False
+
+
+def test_an_entity_of_others_is_said_before_anything_is_done(server: WandbServer) -> None:
+    require_account("online", "us")
+    with pytest.raises(UserError, match="'acme' is none of its account's: us, control-team"):
+        require_account("online", "acme")
+    assert server.runs == {}
+
+
+def test_a_dashboard_shows_the_front_first(server: WandbServer, run: Path) -> None:
+    with WandbLogger(run, experiment="digits", mode="online", warn=pytest.fail) as logger:
+        log(logger, 0)
+        while logger.address is None:
+            time.sleep(0.05)
+        for _ in range(2):
+            logger.begin_dashboard(record(0))
+        end = time.monotonic() + 60
+        while logger.dashboard is None and time.monotonic() < end:
+            time.sleep(0.05)
+    [(name, view)] = server.views.items()
+    assert logger.dashboard == f"{server.url}/us/prunefront?nw={name.removeprefix('nw-').removesuffix('-v')}"
+    assert (view["entityName"], view["projectName"], view["displayName"]) == ("us", "prunefront", "digits")
+    section = json.loads(view["spec"])["section"]
+    [filtered] = section["runSets"][0]["filters"]["filters"]
+    assert (filtered["key"]["name"], filtered["value"]) == ("group", "digits")
+    sections = section["panelBankConfig"]["sections"]
+    assert [part["name"] for part in sections] == ["Front", "Search", "What matters", "Trials", "Report"]
+    assert sections[0]["isOpen"]
+    assert sections[0]["panels"][0]["config"]["mediaKeys"] == ["front_plot"]
+    shown = json.dumps(sections)
+    for name in ("live_front", "hypervolume", "importance_plot", "matters_plot", "report"):
+        assert f'"{name}"' in shown
+    for name in ("config:ratio/latent.value", "config:coefficient/fisher.value", "summary:retention"):
+        assert f'"{name}"' in shown
+
+
+def test_a_dashboard_is_made_anew_in_its_place(
+    server: WandbServer, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["dashboard", str(run)]) == 2
+    assert "has no trials yet" in capsys.readouterr().err
+    RunDirectory(run).append_trial(result())
+    monkeypatch.chdir(run.parent.parent)
+    assert main(["dashboard", "digits"]) == 2
+    assert "no W&B run of a search" in capsys.readouterr().err
+    with WandbLogger(run, experiment="digits", mode="offline", warn=pytest.fail) as logger:
+        log(logger, 0)
+    assert main(["dashboard", "digits"]) == 2
+    assert "`prunefront sync` uploads what is on the disk only" in capsys.readouterr().err
+    assert main(["sync", "digits"]) == 0
+    capsys.readouterr()
+    assert main(["dashboard", "digits"]) == 0
+    first = capsys.readouterr().out
+    assert main(["dashboard", "digits"]) == 0
+    assert capsys.readouterr().out == first
+    assert len(server.views) == 1
+    server.views.clear()  # its owner has deleted it
+    assert main(["dashboard", "digits"]) == 0
+    assert capsys.readouterr().out != first
+    server.behaviour = "refuse"
+    assert main(["dashboard", "digits"]) == 2
+    assert "prunefront: there is no dashboard in W&B: " in capsys.readouterr().err

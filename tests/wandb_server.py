@@ -56,6 +56,7 @@ class WandbServer(ThreadingHTTPServer):
         self.runs: dict[str, Received] = {}
         self.artifacts: dict[str, Artifact] = {}
         self.files: dict[str, bytes] = {}
+        self.views: dict[str, dict[str, Any]] = {}  # by name
         self.requests = 0
         self.lock = threading.Lock()
         self.ending = threading.Event()
@@ -77,6 +78,23 @@ class WandbServer(ThreadingHTTPServer):
             case "Viewer":
                 viewer = {"id": "u", "entity": "us", "username": "us", "email": "", "flags": "{}"}
                 return {"viewer": {**viewer, "teams": {"edges": []}}}
+            case "GetViewer":
+                more = {"name": "us", "admin": False, "deletedAt": None, "apiKeys": {"edges": []}}
+                viewer = {"id": "u", "entity": "us", "username": "us", "email": "", "flags": "{}", **more}
+                return {"viewer": {**viewer, "teams": {"edges": [{"node": {"name": "control-team"}}]}}}
+            case "GetDefaultEntity":
+                return {"viewer": {"id": "u", "entity": "us"}}
+            case "Run":
+                return {"project": {"id": "p", "internalId": "1", "run": self._found(variables["name"])}}
+            case "View":
+                nodes = [{"node": view} for name, view in self.views.items() if name == variables["viewName"]]
+                return {"project": {"allViews": {"edges": nodes}}}
+            case "RunResumeStatus":
+                return {"model": self._resumable(variables["name"])}
+            case "UpsertView2":
+                view = {"id": f"view {variables['name']}", **variables}
+                self.views[variables["name"]] = view
+                return {"upsertView": {"view": {"id": view["id"], "name": variables["name"]}}}
             case "UpsertBucket":
                 return {"upsertBucket": {"bucket": self._upsert(variables), "inserted": True}}
             case "CreateRunFiles":
@@ -111,6 +129,49 @@ class WandbServer(ThreadingHTTPServer):
         names = {"id": variables["name"], "name": variables["name"], "displayName": run.name}
         more = {"description": "", "config": "{}", "sweepName": None, "historyLineCount": 0}
         return {**names, **more, "project": project}
+
+    def _found(self, run_id: str) -> dict[str, Any] | None:
+        """A run, as those who look for it get it."""
+        found = self.runs.get(run_id)
+        names = ("tags", "sweepName", "state", "commit", "heartbeatAt", "description", "notes")
+        return found and {
+            **dict.fromkeys(names),
+            "id": run_id,
+            "name": run_id,
+            "displayName": found.name,
+            "group": found.group,
+            "jobType": found.job_type,
+            "user": {"name": "us", "username": "us"},
+            "config": "{}",
+            "summaryMetrics": "{}",
+            "systemMetrics": "{}",
+            "readOnly": False,
+            "createdAt": "2026-01-01T00:00:00Z",
+            "historyLineCount": len(found.history),
+            "projectId": "1",
+        }
+
+    def _resumable(self, run_id: str) -> dict[str, Any]:
+        """What a run that is resumed begins with."""
+        found = self.runs.get(run_id)
+        bucket = None
+        if found is not None:
+            last = [json.dumps(found.history[max(found.history)])] if found.history else []
+            bucket = {
+                "id": run_id,
+                "name": run_id,
+                "displayName": found.name,
+                "summaryMetrics": json.dumps(found.summary),
+                "config": json.dumps({name: {"value": value} for name, value in found.config.items()}),
+                "historyLineCount": len(found.history),
+                "historyTail": json.dumps(last),
+                "eventsLineCount": 0,
+                "eventsTail": "[]",
+                "logLineCount": 0,
+                "tags": [],
+                "wandbConfig": '{"t": 1}',  # "t" says that it has begun
+            }
+        return {"id": "p", "name": "p", "entity": {"id": "e", "name": "us"}, "bucket": bucket}
 
     def _create(self, variables: dict[str, Any]) -> dict[str, Any]:
         identifier = f"a{len(self.artifacts)}"
