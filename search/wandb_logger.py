@@ -310,8 +310,8 @@ def make_dashboard(
 
 
 def _search_run(directory: Path) -> str:
-    """Id of the search's run: of the last one, where an attempt to begin it failed."""
-    runs = sorted(directory.glob("*run-*-search*"), key=lambda run: run.name.partition("run-")[2])
+    """Id of the search's run."""
+    runs = sorted(directory.glob("*run-*-search"), key=lambda run: run.name.partition("run-")[2])
     if not runs:
         raise UserError(f"{directory} has no W&B run of a search: wandb.mode was 'disabled', or no trial ran")
     return runs[-1].name.partition("run-")[2].partition("-")[2]
@@ -345,7 +345,9 @@ def _environment(directory: Path | None = None) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     # Artifacts wait there for their upload; W&B's own choice is the home directory.
     data = {} if directory is None else {"WANDB_DATA_DIR": str(directory.absolute() / "data")}
-    return {**os.environ, **data, "PYTHONPATH": path}
+    # With a server that does not answer, wandb waits for as long, and to report its own troubles even longer.
+    patience = {"WANDB_HTTP_TIMEOUT": "5", "WANDB_ERROR_REPORTING": "false"}
+    return {**patience, **os.environ, **data, "PYTHONPATH": path}
 
 
 def _start_process(log: Path) -> subprocess.Popen[str]:

@@ -36,7 +36,7 @@ def front_plot(front: Sequence[Record], tried: Sequence[Tried]) -> Figure:
     others = others[:: max(1, -(-len(others) // PLOTTED))]
     line = _frontier([(trial["size_ratio"], trial["retention"]) for trial in front])
     figure = Figure(layout=_layout("Retention against size", "parameters, share of the base's", "retention"))
-    figure.update_xaxes(type="log", tickformat="~%")
+    figure.update_xaxes(type="log", tickformat="~%", dtick="D2")  # ticks at 1, 2, 5, 10 ...
     figure.add_scatter(
         name="other trials",
         mode="markers",
@@ -127,7 +127,7 @@ def importance_plot(importance: Record) -> Figure | None:
         },
         height=160 + 24 * groups + 60 * len(metrics),
     )
-    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title_text="training step", row=len(metrics), col=1)
     return figure
 
@@ -152,6 +152,7 @@ def matters_plot(matters: Mapping[str, Mapping[str, float]]) -> Figure | None:
         )
     figure.update_layout(height=160 + 18 * len(order) * len(names), bargroupgap=0.1)
     figure.update_xaxes(tickformat="~%")
+    figure.update_yaxes(automargin=True)
     return figure
 
 

@@ -14,7 +14,8 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ COURSE = ("failed", "stopped", "front_size", "hypervolume", "trials_per_minute")
 """What the search's run has over its trials; the axis is `finished`."""
 
 _SERVER_TIMEOUT = 5  # seconds that one call to the server may take
+_UPLOAD_TIMEOUT = 20  # seconds that uploading the bundles may take
 _FAILURE_LIMIT = 3  # failures in a row, after which nothing more is tried
 
 
@@ -38,7 +40,8 @@ class _Runs:
     def __init__(self, report: Callable[[dict[str, str]], None]) -> None:
         self._report = report
         self._search: Any = None
-        self._open: dict[int, Any] = {}  # runs of the trials that are on the front
+        # Trials that are on the front, with their runs: open, or None where they end at once, online.
+        self._on_front: dict[int, Any] = {}
         self._tried: list[Tried] = []
         self._failures = 0
 
@@ -77,34 +80,39 @@ class _Runs:
         self._project, self._entity = project, entity
         self._prefix = _search_id(Path(directory) / "wandb", experiment)
         self._mode = self._resolve(mode)
-        run_id = f"{self._prefix}-search"
+        self._config = flat(config)
         # What a resumed search adds goes behind what there is. Offline, that is decided when it is uploaded.
         # The first part of an online run is not to be continued: `sync` may upload it once more.
-        continued = self._mode == "offline" or any((Path(directory) / "wandb").glob(f"*run-*-{run_id}*"))
-        self._search = self._new_run(run_id, experiment, "search", flat(config), continued=continued)
+        continued = self._mode == "offline" or any(self._folders(f"{self._prefix}-search"))
+        self._begin_search(continued=continued)
+        self._report({"mode": self._mode, "url": self._search.url or "", "search_run": self._search.id})
+
+    def _begin_search(self, *, continued: bool) -> None:
+        run_id = f"{self._prefix}-search"
+        self._search = self._new_run(run_id, self._experiment, "search", self._config, continued=continued)
         self._search.define_metric("finished", summary="max")
         for name in COURSE:
             self._search.define_metric(name, step_metric="finished")
-        self._report({"mode": self._mode, "url": self._search.url or "", "search_run": self._search.id})
 
     def trial(self, record: dict[str, Any], on_front: bool | None = None) -> None:
         """A run for one trial."""
         config, rows, summary = trial_run(record)
-        run = self._new_run(self._run_id(record["trial"]), f"trial {record['trial']}", "trial", config)
+        run = self._trial_run(record["trial"], config)
         for row in rows:
             run.log(row)
         run.summary.update(summary if on_front is None else {**summary, "on_front": on_front})
+        stays = on_front and self._mode != "online"
         if on_front:
-            self._open[record["trial"]] = run  # it may yet leave the front
-        else:
-            run.finish(exit_code=1 if record["status"] == "failed" else 0)
+            self._on_front[record["trial"]] = run if stays else None
+        if not stays:
+            self._end(run, exit_code=1 if record["status"] == "failed" else 0)
 
     def members(self, numbers: list[int]) -> None:
-        """Which trials are on the front now: the runs of those that have left it end."""
-        for number in [number for number in self._open if number not in numbers]:
-            run = self._open.pop(number)
+        """Which trials are on the front now: the runs of those that have left it say so."""
+        for number in [number for number in self._on_front if number not in numbers]:
+            run = self._on_front.pop(number) or self._trial_run(number, {}, continued=True)
             run.summary.update({"on_front": False})
-            run.finish()
+            self._end(run)
 
     def search(self, row: dict[str, Any], tried: list[Tried]) -> None:
         """One row of the search's history, and the trials that were completed."""
@@ -115,6 +123,7 @@ class _Runs:
         """The front as it stands."""
         import wandb
 
+        self._check_server()
         columns, rows = self._linked(front)
         if rows:
             self._search.log(
@@ -137,6 +146,7 @@ class _Runs:
         """The front and what made it, the report, the front's bundles, and the end of the search's run."""
         import wandb
 
+        self._check_server()
         content: dict[str, Any] = {}
         columns, rows = self._linked(front)
         if rows:
@@ -154,6 +164,7 @@ class _Runs:
         if content:
             self._search.log(content)
         self._search.summary.update({**flat(summary), **flat(matters, "matters/")})
+        artifacts = []
         for number, bundle in bundles.items():
             # Versions of one artifact: what an alias points to moves on when the search is resumed.
             artifact = wandb.Artifact(
@@ -163,7 +174,8 @@ class _Runs:
             )
             artifact.add_dir(bundle)
             names = [_alias(number), *aliases.get(number, [])]
-            self._search.log_artifact(artifact, aliases=names, tags=["pareto"])
+            artifacts.append(self._search.log_artifact(artifact, aliases=names, tags=["pareto"]))
+        self._wait_for(artifacts)
         self.close()
 
     def _linked(self, front: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
@@ -184,11 +196,54 @@ class _Runs:
 
     def close(self) -> None:
         """End all runs that are open."""
-        while self._open:
-            self._open.popitem()[1].finish()
+        while self._on_front:
+            _, run = self._on_front.popitem()
+            if run is not None:
+                self._end(run)
+        search, self._search = self._search, None
+        if search is not None:
+            try:
+                search.finish()
+            except TimeoutError:
+                rest = "not everything has reached W&B yet; `prunefront sync` uploads the rest"
+                self._report({"warning": rest})
+
+    def _end(self, run: Any, exit_code: int = 0) -> None:
+        """End the run of a trial."""
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            self._fall_back(TimeoutError("its server takes too long"))
+
+    def _wait_for(self, artifacts: Sequence[Any]) -> None:
+        """Let bundles be uploaded: that may take longer than the end of a run waits."""
+        end = time.monotonic() + _UPLOAD_TIMEOUT
+        for artifact in artifacts if self._mode == "online" else ():
+            with suppress(Exception):  # the end of the run says that something is missing
+                artifact.wait(timeout=max(1, round(end - time.monotonic())))
+
+    def _check_server(self) -> None:
+        """Go on offline if the server no longer answers: tables and artifacts would wait for it."""
+        import wandb
+
+        if self._mode == "online":
+            try:
+                wandb.login(verify=True, timeout=_SERVER_TIMEOUT)
+            except Exception as error:
+                self._fall_back(error)
+
+    def _fall_back(self, error: Exception) -> None:
+        """Go on offline. What there is of the search's run is on the disk, and the rest goes behind it."""
+        import wandb
+
+        if self._mode != "online":
+            return
+        self._mode = "offline"
+        self._offline(error)
+        with suppress(Exception):
+            wandb.teardown()  # or the ids of its runs stay taken
         if self._search is not None:
-            self._search.finish()
-            self._search = None
+            self._begin_search(continued=True)
 
     def _resolve(self, mode: Mode) -> Mode:
         """Online only with a key that a server accepts."""
@@ -213,11 +268,28 @@ class _Runs:
     def _offline(self, error: Exception) -> None:
         self._report({"mode": "offline", "warning": f"W&B runs are kept offline: {_first_line(error)}"})
 
+    def _trial_run(self, number: int, config: dict[str, Any], *, continued: bool = False) -> Any:
+        return self._new_run(self._run_id(number), f"trial {number}", "trial", config, continued=continued)
+
     def _new_run(
         self, run_id: str, name: str, job_type: str, config: dict[str, Any], *, continued: bool = False
     ) -> Any:
         import wandb
 
+        settings = wandb.Settings(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            finish_timeout=_SERVER_TIMEOUT,
+            finish_timeout_raises=True,
+            init_timeout=_SERVER_TIMEOUT,
+            save_code=False,
+            silent=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+        before = set(self._folders(run_id))
         try:
             return wandb.init(
                 project=self._project,
@@ -231,28 +303,19 @@ class _Runs:
                 config=config,
                 reinit="create_new",
                 resume="allow" if continued else None,  # without it, what is logged replaces what there is
-                settings=wandb.Settings(
-                    console="off",
-                    disable_code=True,
-                    disable_git=True,
-                    finish_timeout=_SERVER_TIMEOUT,
-                    init_timeout=_SERVER_TIMEOUT,
-                    save_code=False,
-                    silent=True,
-                    x_disable_meta=True,
-                    x_disable_stats=True,
-                    x_save_requirements=False,
-                ),
+                settings=settings,
             )
         except Exception as error:
             if self._mode != "online":
                 raise
-            self._mode = "offline"
-            self._offline(error)
-            for attempt in (Path(self._directory) / "wandb").glob(f"run-*-{run_id}"):
+            self._fall_back(error)
+            for attempt in set(self._folders(run_id)) - before:
                 shutil.rmtree(attempt, ignore_errors=True)  # uploaded later, it would be an empty run
-            # The id stays taken by the attempt.
-            return self._new_run(f"{run_id}-offline", name, job_type, config, continued=continued)
+            return self._new_run(run_id, name, job_type, config, continued=continued)
+
+    def _folders(self, run_id: str) -> Iterator[Path]:
+        """Where a run was logged to, now or before."""
+        return (Path(self._directory) / "wandb").glob(f"*run-*-{run_id}")
 
 
 def account_fault(entity: str | None) -> str:

@@ -15,6 +15,7 @@ from test_wandb_logger import FAILED, IMPORTANCE, offline_runs, record
 from wandb_server import WandbServer, wandb_server
 
 from components.errors import UserError
+from search import wandb_logger
 from search.cli import main
 from search.run_directory import RunDirectory
 from search.wandb_logger import WandbLogger, require_account
@@ -106,8 +107,12 @@ def test_everything_arrives(server: WandbServer, run: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("behaviour", ["refuse", "stall", "limit", "drop"])
 def test_what_a_misbehaving_server_does_not_take_is_kept_and_uploaded_later(
-    behaviour: Any, server: WandbServer, run: Path, monkeypatch: pytest.MonkeyPatch
+    behaviour: Any, server: WandbServer, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "model.safetensors").write_bytes(b"weights")
+    front = [{"trial": 2, "parameters": 10, "size_ratio": 0.125, "retention": 0.875}]
     warnings: list[str] = []
     logger = WandbLogger(run, experiment="digits", mode="online", warn=warnings.append)
     with contextlib.closing(logger):
@@ -118,7 +123,9 @@ def test_what_a_misbehaving_server_does_not_take_is_kept_and_uploaded_later(
         server.behaviour = behaviour
         for number in range(1, TRIALS):
             log(logger, number)
-        logger.finish([], {"hypervolume": 0.5})
+        logger.log_members([2])
+        logger.log_front(front)
+        logger.finish(front, {"hypervolume": 0.5}, bundles={2: bundle})
         logger.close(timeout=90)
     assert len(warnings) <= 1, "it is said once"
     server.behaviour = "fine"
@@ -135,6 +142,12 @@ def test_what_a_misbehaving_server_does_not_take_is_kept_and_uploaded_later(
         assert received.config["trial"] == number
     rows = [row["finished"] for row in server.runs[names["digits"]].history.values() if "finished" in row]
     assert rows == list(range(1, TRIALS + 1))
+    assert server.runs[names["trial 0"]].summary["on_front"] is False
+    search = server.runs[names["digits"]]
+    assert search.summary["hypervolume"] == 0.5
+    assert search.summary["front_plot"]["_type"] == "plotly-file"
+    [found] = [artifact for artifact in server.artifacts.values() if artifact.type == "bundle"]
+    assert (found.aliases >= {"trial-00002"}, found.tags, found.committed) == (True, {"pareto"}, True)
 
 
 def test_offline_runs_are_uploaded_by_sync(
@@ -237,5 +250,6 @@ def test_a_dashboard_is_made_anew_in_its_place(
     assert main(["dashboard", "digits"]) == 0
     assert capsys.readouterr().out != first
     server.behaviour = "refuse"
+    monkeypatch.setattr(wandb_logger, "_CLOSE_TIMEOUT", 3.0)
     assert main(["dashboard", "digits"]) == 2
     assert "prunefront: there is no dashboard in W&B: " in capsys.readouterr().err
