@@ -138,7 +138,7 @@ def matters_plot(matters: Mapping[str, Mapping[str, float]]) -> Figure | None:
     Args:
         matters: measurement -> choice -> share, 0 to 1.
     """
-    names = {name: max(shares.values()) for name, shares in matters.items() if shares}
+    names = [name for name, shares in matters.items() if shares]
     if not names:
         return None
     from plotly.graph_objects import Figure

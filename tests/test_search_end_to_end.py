@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from serial_search import EXPERIMENT, run_serially, search_serially
+from test_wandb_logger import offline_runs
 
 from search.cli import main
 from search.run_directory import RunDirectory
@@ -64,6 +65,58 @@ def assert_same_search(first: Path, second: Path) -> None:
             assert (bundle / name).read_bytes() == (second / "models" / bundle.name / name).read_bytes()
 
 
+def assert_wandb_has_it_all(run: Path, found: dict) -> None:
+    """Every run, config key, history row, summary value, table, plot and artifact, from the files alone."""
+    trials = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    runs = offline_runs(run)
+    assert set(runs) == {run.name, *(f"trial {trial['trial']}" for trial in trials)}
+    members = {entry["trial"] for entry in found["trials"]}
+    for trial in trials:
+        logged = runs[f"trial {trial['trial']}"]
+        assert (logged.run.run_group, logged.run.job_type, logged.exit_code) == (run.name, "trial", 0)
+        for kind in ("ratio", "coefficient"):
+            for name, value in trial[f"{kind}s"].items():
+                assert logged.config[f"{kind}/{name.replace('.', '/')}"] == value
+        *rungs, measured = logged.history
+        assert [[row["fine_tune/updates"], row["fine_tune/performance"]] for row in rungs] == trial["rungs"]
+        for name in ("parameters", "size_ratio", "macs", "retention"):
+            assert measured[name] == trial[name]
+        for name, value in {**trial["objectives"], **trial["performance"]}.items():
+            assert value in (measured.get(name), measured.get(f"performance/{name}"))
+        for prefix, values in (("size", "component_sizes"), ("seconds", "timings"), ("usage", "usage")):
+            assert trial[values], values
+            for name, value in trial[values].items():
+                assert logged.summary[f"{prefix}/{name}"] == value
+        for group, width in trial["widths"].items():
+            assert logged.summary[f"width/{group.replace('.', '/')}"] == width
+        assert logged.summary["on_front"] == (trial["trial"] in members)
+    search = runs[run.name]
+    assert search.config["agent/kind"] == "autoencoder"
+    rows = [row for row in search.history if "finished" in row]
+    assert [row["finished"] for row in rows] == list(range(1, len(trials) + 1))
+    assert {"failed", "stopped", "front_size", "hypervolume", "trials_per_minute"} <= set(rows[-1])
+    assert rows[-1]["front_size"] == len(members)
+    last = search.history[-1]
+    for name, kind in {
+        **dict.fromkeys(("front", "importance"), "table-file"),
+        **dict.fromkeys(("front_plot", "importance_plot", "matters_plot"), "plotly-file"),
+        "report": "html-file",
+    }.items():
+        assert last[f"{name}/_type"] == kind
+        assert (search.directory / "files" / last[f"{name}/path"]).is_file()
+    assert search.summary["hypervolume"] == found["hypervolume"]
+    assert any(name.startswith("matters/") for name in search.summary)
+    bundles = [artifact for artifact in search.artifacts if artifact.type == "bundle"]
+    assert {json.loads(artifact.metadata)["trial"] for artifact in bundles} == members
+    assert all(list(artifact.tags) == ["pareto"] for artifact in bundles)
+    assert sum("knee" in artifact.aliases for artifact in bundles) == 1
+    for artifact in bundles:
+        bundle = run / "models" / str(json.loads(artifact.metadata)["trial"])
+        assert {entry.path for entry in artifact.manifest.contents} == {
+            str(file.relative_to(bundle)) for file in bundle.rglob("*") if file.is_file()
+        }
+
+
 def test_a_search_on_ray_with_optuna_and_offline_wandb_from_the_command_line(capsys):
     overrides = [
         "agent.updates=200",
@@ -72,18 +125,19 @@ def test_a_search_on_ray_with_optuna_and_offline_wandb_from_the_command_line(cap
         "wandb.mode=offline",
     ]
     settings = [part for override in overrides for part in ("--set", override)]
-    code = main(["search", "autoencoder", "--trials", "10", "--name", "mine", *settings])
+    code = main(["search", "autoencoder", "--trials", "24", "--name", "mine", *settings])
     output = capsys.readouterr().out
     assert code == 0
     run = Path("runs/mine")
     for name in ("experiment.yaml", "study.db", "trials.jsonl", "base", "models", "wandb", "front.json"):
         assert (run / name).exists(), name
     trials = records(run)
-    assert sorted(trial["trial"] for trial in trials) == list(range(10))
+    assert sorted(trial["trial"] for trial in trials) == list(range(24))
     assert {trial["status"] for trial in trials} == {"complete"}
-    assert optuna_states(run) == ["COMPLETE"] * 10
-    assert len(list(run.glob("wandb/offline-run-*"))) == 11  # one per trial, one for the search
+    assert optuna_states(run) == ["COMPLETE"] * 24
+    assert len(list(run.glob("wandb/offline-run-*"))) == 25  # one per trial, one for the search
     found = front(run)
+    assert_wandb_has_it_all(run, found)
     assert {entry["trial"] for entry in found["trials"]} == RunDirectory(run).bundles()
     for entry in found["trials"]:
         assert 0 < entry["test_retention"] <= entry["retention"] + 0.2

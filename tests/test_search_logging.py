@@ -52,10 +52,15 @@ def test_every_trial_and_what_the_search_came_to(toy: Path) -> None:
     ).read_bytes()
     assert last["importance/nrows"] > 0
     assert any(name.startswith("matters/parameters/share ") for name in whole.summary)
-    bundles = {artifact.name: artifact for artifact in whole.artifacts if artifact.type == "bundle"}
-    prefix = whole.run.run_id.removesuffix("-search")
-    assert set(bundles) == {f"{prefix}-{number:05d}" for number in of_front(toy)}
-    assert sum("knee" in artifact.aliases for artifact in bundles.values()) == 1
+    bundles = [artifact for artifact in whole.artifacts if artifact.type == "bundle"]
+    assert {json.loads(artifact.metadata)["trial"] for artifact in bundles} == of_front(toy)
+    assert len({artifact.name for artifact in bundles}) == 1
+    assert sum("knee" in artifact.aliases for artifact in bundles) == 1
+    plot = json.loads((whole.directory / "files" / last["front_plot/path"]).read_text())
+    points = {trace["name"]: len(trace["x"]) for trace in plot["data"] if trace["mode"] == "markers"}
+    assert points["front"] == len(front["trials"])
+    assert points["front"] + points["other trials"] + points["baselines"] >= TRIALS
+    assert {last["importance_plot/_type"], last["matters_plot/_type"]} == {"plotly-file"}
     for number in range(TRIALS):
         summary = runs[f"trial {number}"].summary
         assert summary["status"] == "complete"
