@@ -84,7 +84,7 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, repor
     drawn = page.evaluate(DRAWN)
     assert drawn["front"]["front"] == len(content["front"]["trial"])
     assert (
-        drawn["front"]["dominated"] + drawn["front"]["front"] + drawn["front"].get("starting points", 0)
+        drawn["front"]["dominated"] + drawn["front"]["front"] + drawn["front"].get("baselines", 0)
         == complete
     )
     assert drawn["course"] == {"": TRIALS}
@@ -108,7 +108,7 @@ def test_a_point_that_is_clicked_is_shown_beside_the_chart(opened, report) -> No
     assert row.get_attribute("aria-current") == "true"
     index = content["trials"]["number"].index(front[0])
     # Where ECharts has drawn the trial is known to the chart alone.
-    page.evaluate("scrollTo(0, 0)")
+    page.evaluate("document.getElementById('front-chart').scrollIntoView()")
     place = page.evaluate(
         """([x, y]) => {
             const chart = charts[0];

@@ -341,7 +341,7 @@ function frontChart() {
   const kinds = {
     dominated: thinned(others.filter((index) => trials.feasible[index] && !isAnchor(index)), 2000),
     "misses the constraints": thinned(others.filter((index) => !trials.feasible[index] && !isAnchor(index)), 1000),
-    "starting points": others.filter(isAnchor),
+    baselines: others.filter(isAnchor),
   };
   const below = others.filter((index) => trials.retention[index] < floor).length;
   const hidden = others.length - Object.values(kinds).flat().length;
@@ -366,7 +366,7 @@ function frontChart() {
     const series = [
       scatter("dominated", kinds.dominated.map((index) => point(index)), 7, { color: colour("faint"), opacity: 0.55 }, 1),
       scatter("misses the constraints", kinds["misses the constraints"].map((index) => point(index)), 7, { color: "transparent", borderColor: colour("faint"), borderWidth: 1.2 }, 1),
-      scatter("starting points", kinds["starting points"].map((index) => point(index)), 11, { color: colour("anchor"), opacity: 0.9 }, 2, { symbol: "diamond" }),
+      scatter("baselines", kinds.baselines.map((index) => point(index)), 11, { color: colour("anchor"), opacity: 0.9 }, 2, { symbol: "diamond" }),
       { name: "front line", type: "line", step: "end", symbol: "none", silent: true, data: best, lineStyle: { color: colour("front"), width: 2 }, z: 3 },
       scatter("front", members.map((index) => point(index)), 10, { color: colour("front") }, 4),
       scatter("front, test data", tested ? members.map((index, row) => [index, content.front.test_retention[row]]).filter(([, value]) => known(value)).map(([index, value]) => point(index, value)) : [], 7, { color: "transparent", borderColor: colour("test"), borderWidth: 1.6 }, 5),
