@@ -75,13 +75,26 @@ def report(options: argparse.Namespace) -> int:
 
 def sync(options: argparse.Namespace) -> int:
     """Upload the W&B runs of a run that are on the disk only."""
+    from search.wandb_logger import account_fault
+
     run = find_run(options.run, options.runs_dir)
     if not any(run.wandb.glob("*run-*")):
         raise UserError(
             f"{run.path} has no W&B runs to upload: its wandb.mode was 'disabled', or no trial ran"
         )
+    run.claim()  # a search that still logs would be uploaded in part
+    config = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))
+    if fault := account_fault(config.wandb.entity):
+        raise UserError(f"nothing is uploaded: {fault}")
     command = [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", "--yes", str(run.wandb)]
-    return 1 if subprocess.run(command, check=False).returncode else 0
+    code = subprocess.run(command, check=False).returncode
+    run.release()
+    left = [
+        file for file in run.wandb.glob("*run-*/*.wandb") if not file.with_suffix(".wandb.synced").exists()
+    ]
+    if left:
+        print(f"prunefront: {len(left)} W&B runs in {run.wandb} were not uploaded whole", file=sys.stderr)
+    return 1 if code or left else 0
 
 
 def dashboard(options: argparse.Namespace) -> int:

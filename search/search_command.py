@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ FRONT_SECONDS = 20.0
 """Between two live fronts that are logged to W&B."""
 
 INTERRUPTED_SECONDS = 5.0
-"""What W&B gets to finish after Ctrl-C; `wandb sync` and trials.jsonl have the rest."""
+"""What W&B gets to finish after Ctrl-C; `prunefront sync` and trials.jsonl have the rest."""
 
 
 def run(
@@ -85,7 +85,10 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
         console.print(base_line(ready.base, ready.dense.agent.performance.name), highlight=False)
     if ready.keeper.results:
         console.print(resumption_line(ready), soft_wrap=True, highlight=False)
-    warnings: list[str] = []
+
+    def warn(sentence: str) -> None:
+        console.print(f"Note: {sentence}", soft_wrap=True, highlight=False, markup=False)
+
     wandb = config.wandb
     with WandbLogger(
         ready.run.path,
@@ -94,7 +97,7 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
         project=wandb.project,
         entity=wandb.entity,
         config=config.without_secrets().model_dump(mode="json"),
-        warn=warnings.append,
+        warn=warn,
     ) as logger:
         with SearchProgress(config.search.trials, console) as display:
             outcome = ready.search([Watcher(ready, display, logger)], address)
@@ -110,12 +113,11 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
         log_results(ready, front, {**front.hypervolumes(), **counts}, report, logger)
         if complete:
             print_results(ready, front, outcome, console)
-            for title, value in next_steps(ready, front, logger, report):
-                console.print(f"{title + ':':<11}{value}", soft_wrap=True, highlight=False, markup=False)
+            print_steps(next_steps(ready, front, report), console)
         if outcome.interrupted:
             logger.close(INTERRUPTED_SECONDS)
-    for warning in warnings:
-        console.print(f"Note: {warning}", soft_wrap=True, highlight=False, markup=False)
+    if complete:  # where runs have gone is known when the last of them has
+        print_steps(wandb_steps(ready, logger), console)
     if outcome.interrupted:
         print(interruption_line(ready), file=sys.stderr)
         return INTERRUPTED
@@ -133,15 +135,13 @@ class Watcher:
         self._began = time.monotonic()
         self._finished_here = 0
         self._front_logged = -math.inf
+        self._front_changed = False
         self._counts = {"finished": 0, "failed": 0, "stopped": 0}
         self._last_failure: str | None = None
-        self._not_logged: list[Tried] = []
         for result in ready.keeper.results:
             self._count(result)
+        logger.log_tried([_tried(result) for result in ready.keeper.results if result.complete])
         self._hypervolume = self._present_hypervolume()
-        if self._logs_trials:  # their runs are open again: they may yet leave the front
-            for member in ready.keeper.members:
-                logger.log_trial(member.to_record(), on_front=True)
 
     def __call__(self, result: TrialResult) -> None:
         """Take in a trial that the keeper has recorded."""
@@ -163,18 +163,20 @@ class Watcher:
             self._logger.log_trial(result.to_record(), on_front)
             if on_front:
                 self._logger.log_members([member.number for member in members])
-        if on_front and now - self._front_logged > FRONT_SECONDS:
-            self._front_logged = now
+        if result.complete:
+            self._logger.log_tried([_tried(result)])
+        self._front_changed = self._front_changed or on_front
+        if self._front_changed and now - self._front_logged > FRONT_SECONDS:
+            self._front_logged, self._front_changed = now, False
             self._logger.log_front(self._keeper.front().to_json()["trials"])
-            self._logger.begin_dashboard(result.to_record())
+        self._logger.begin_dashboard(result.to_record())
         row = {
             **self._counts,
             "front_size": len(members),
             "hypervolume": self._hypervolume,
             "trials_per_minute": 60 * self._finished_here / max(now - self._began, 1e-3),
         }
-        self._logger.log_search(row, self._not_logged)
-        self._not_logged = []
+        self._logger.log_search(row)
 
     def _present_hypervolume(self) -> float | None:
         return self._keeper.front().hypervolumes()["hypervolume"] if self._keeper.members else None
@@ -183,11 +185,12 @@ class Watcher:
         self._counts["finished"] += 1
         self._counts["failed"] += result.failed
         self._counts["stopped"] += result.stopped
-        if result.complete:
-            size, retention = result.size_ratio or 1.0, result.retention or 0.0
-            self._not_logged.append((result.number, result.origin, size, retention))
         if result.failed:
             self._last_failure = result.reason
+
+
+def _tried(result: TrialResult) -> Tried:
+    return result.number, result.origin, result.size_ratio or 1.0, result.retention or 0.0
 
 
 def plan_line(checked: CheckedExperiment) -> str:
@@ -267,6 +270,7 @@ def log_results(
     if not logs_every_trial(ready):
         for result in ready.keeper.members:
             logger.log_trial(result.to_record(), on_front=True)
+    logger.log_members([result.number for result in ready.keeper.members])
     logger.finish(
         front.to_json()["trials"],
         summary,
@@ -288,9 +292,13 @@ def logs_every_trial(ready: ReadySearch) -> bool:
     return config.search.trials <= config.wandb.trial_runs
 
 
-def next_steps(
-    ready: ReadySearch, front: Front, logger: WandbLogger, report: Report | None
-) -> list[tuple[str, str]]:
+def print_steps(steps: Sequence[tuple[str, str]], console: Console) -> None:
+    """A line for each title and what there is to it."""
+    for title, value in steps:
+        console.print(f"{title + ':':<11}{value}", soft_wrap=True, highlight=False, markup=False)
+
+
+def next_steps(ready: ReadySearch, front: Front, report: Report | None) -> list[tuple[str, str]]:
     """Where to look next, as (title, path or command to paste)."""
     run, steps = ready.run, []
     if report is not None:
@@ -304,12 +312,18 @@ def next_steps(
     if dashboard.exists() or shutil.which("optuna-dashboard"):
         database = ready.checked.config.without_secrets().storage or f"sqlite:///{run.study}"
         steps.append(("Optuna", f"{command_name('optuna-dashboard')} {database}"))
+    return steps
+
+
+def wandb_steps(ready: ReadySearch, logger: WandbLogger) -> list[tuple[str, str]]:
+    """Where the W&B runs are, in the same way."""
+    steps = []
     if logger.dashboard is not None:
         steps.append(("Dashboard", logger.dashboard))
     if logger.mode == "online":
         steps.append(("W&B", logger.address or f"online, and in {logger.directory}"))
     elif logger.mode != "disabled":
-        steps.append(("W&B", f"{logger.directory}; to upload: {command_name()} sync {run.path}"))
+        steps.append(("W&B", f"{logger.directory}; to upload: {command_name()} sync {ready.run.path}"))
     return steps
 
 

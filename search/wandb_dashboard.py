@@ -5,6 +5,7 @@ It is made with `wandb-workspaces`, an optional dependency, in a process of its 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def save_dashboard(content: DashboardContent) -> str:
     import wandb_workspaces.workspaces as ws
 
     api = wandb.Api()
-    entity = content.entity or api.default_entity
+    entity = content.entity or os.environ.get("WANDB_ENTITY") or api.default_entity
     place = f"{entity}/{content.project}"
     try:
         api.run(f"{place}/{content.search_run}")

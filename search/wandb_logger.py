@@ -133,15 +133,13 @@ class WandbLogger:
         """Say which trials are on the front now."""
         self._send("members", numbers=list(numbers))
 
-    def log_search(self, row: Mapping[str, float | int | None], tried: Sequence[Tried] = ()) -> None:
-        """Log the state of the search after a trial: trials finished, front size, hypervolume ...
+    def log_tried(self, trials: Sequence[Tried]) -> None:
+        """Say which trials were completed; fronts are drawn with them from then on."""
+        self._send("tried", trials=list(trials))
 
-        Args:
-            row: of the history.
-            tried: the complete trials since the call before, which the front is drawn with.
-        """
-        known = {name: value for name, value in row.items() if value is not None}
-        self._send("search", row=known, tried=list(tried))
+    def log_search(self, row: Mapping[str, float | int | None]) -> None:
+        """Log the state of the search after a trial: trials finished, front size, hypervolume ..."""
+        self._send("search", row={name: value for name, value in row.items() if value is not None})
 
     def log_front(self, front: Sequence[Record]) -> None:
         """Log the front as it stands, one mapping per trial: a table, in place of the last, and a plot."""
@@ -195,23 +193,12 @@ class WandbLogger:
                 self._process.wait(end - time.monotonic())
         except (queue.Full, subprocess.TimeoutExpired):
             self._warn_once(
-                f"W&B logging had not finished after {timeout:g} s and was ended; "
-                f"trials.jsonl has everything, and `wandb sync` uploads what is in {self.directory}"
+                f"W&B logging had not finished after {timeout:g} s and was ended; trials.jsonl has "
+                f"everything, and `prunefront sync` uploads what is in {self.directory}"
             )
         _end_group(self._process)
         for thread in self._threads:
             thread.join(timeout=1)
-
-    def where(self) -> str | None:
-        """Where to find the runs, in one sentence; None if there are none."""
-        if self._process is None:
-            return None
-        if self.mode == "online":
-            return f"W&B runs are online, and in {self.directory}"
-        return (
-            f"W&B runs are in {self.directory}; upload them with: "
-            f"wandb sync --include-online --yes {self.directory}"
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -265,6 +252,11 @@ class WandbLogger:
             self._warn(sentence)
 
 
+def account_fault(entity: str | None) -> str:
+    """Why W&B takes no runs for an account, in a few words; empty where it does, or nobody answers."""
+    return _ask("--check", {"entity": entity}).get("fault", "")
+
+
 def require_account(mode: Mode, entity: str | None = None) -> None:
     """Refuse to begin a search whose runs are to be online without an account that takes them.
 
@@ -273,7 +265,7 @@ def require_account(mode: Mode, entity: str | None = None) -> None:
     Raises:
         UserError: what is wrong with the API key or the entity.
     """
-    if mode == "online" and (fault := _ask("--check", {"entity": entity}).get("fault")):
+    if mode == "online" and (fault := account_fault(entity)):
         raise UserError(f"wandb.mode is 'online', but {fault}")
 
 
@@ -365,7 +357,7 @@ def _start_process(log: Path) -> subprocess.Popen[str]:
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """End the process and whatever it has started."""
+    """End the process; what wandb has started ends by itself when it is gone."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import secrets
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -30,7 +32,9 @@ COURSE = ("failed", "stopped", "front_size", "hypervolume", "trials_per_minute")
 """What the search's run has over its trials; the axis is `finished`."""
 
 _SERVER_TIMEOUT = 5  # seconds that one call to the server may take
-_UPLOAD_TIMEOUT = 20  # seconds that uploading the bundles may take
+_UPLOAD_TIMEOUT = 15  # seconds that uploading the bundles may take
+_BEHIND = 50  # messages waiting, above which the server is too slow
+_BEHIND_AT_THE_END = 10  # the same when nothing more comes: the search waits
 _FAILURE_LIMIT = 3  # failures in a row, after which nothing more is tried
 
 
@@ -81,6 +85,8 @@ class _Runs:
         self._prefix = _search_id(Path(directory) / "wandb", experiment)
         self._mode = self._resolve(mode)
         self._config = flat(config)
+        known = self._members_file()
+        self._on_front = dict.fromkeys(json.loads(known.read_text())) if known.exists() else {}
         # What a resumed search adds goes behind what there is. Offline, that is decided when it is uploaded.
         # The first part of an online run is not to be continued: `sync` may upload it once more.
         continued = self._mode == "offline" or any(self._folders(f"{self._prefix}-search"))
@@ -104,6 +110,7 @@ class _Runs:
         stays = on_front and self._mode != "online"
         if on_front:
             self._on_front[record["trial"]] = run if stays else None
+            self._store_members()
         if not stays:
             self._end(run, exit_code=1 if record["status"] == "failed" else 0)
 
@@ -113,10 +120,21 @@ class _Runs:
             run = self._on_front.pop(number) or self._trial_run(number, {}, continued=True)
             run.summary.update({"on_front": False})
             self._end(run)
+        self._store_members()
 
-    def search(self, row: dict[str, Any], tried: list[Tried]) -> None:
-        """One row of the search's history, and the trials that were completed."""
-        self._tried += tried
+    def _store_members(self) -> None:
+        """For a resumed search, which has to say that they have left the front."""
+        _write(self._members_file(), json.dumps(list(self._on_front)))
+
+    def _members_file(self) -> Path:
+        return Path(self._directory) / "wandb" / "on-front.json"
+
+    def tried(self, trials: list[Tried]) -> None:
+        """Trials that were completed, which the front is drawn with."""
+        self._tried += trials
+
+    def search(self, row: dict[str, Any]) -> None:
+        """One row of the search's history."""
         self._search.log(row)
 
     def front(self, front: list[dict[str, Any]]) -> None:
@@ -151,6 +169,7 @@ class _Runs:
         columns, rows = self._linked(front)
         if rows:
             content["front"] = wandb.Table(columns=list(columns), data=rows)
+            content["live_front"] = wandb.Table(columns=list(columns), data=rows, log_mode="MUTABLE")
             content["front_plot"] = wandb.Plotly(front_plot(front, self._tried))
         columns, rows = importance_table(importance)
         if rows:
@@ -202,25 +221,33 @@ class _Runs:
                 self._end(run)
         search, self._search = self._search, None
         if search is not None:
+            folder = Path(search.dir).parent
             try:
                 search.finish()
             except TimeoutError:
                 rest = "not everything has reached W&B yet; `prunefront sync` uploads the rest"
                 self._report({"warning": rest})
+            else:
+                self._check_server()
+                # Uploaded once more, it would be appended where it continues another, or go back behind one.
+                if self._mode == "online":
+                    (folder / f"run-{search.id}.wandb.synced").touch()
 
     def _end(self, run: Any, exit_code: int = 0) -> None:
         """End the run of a trial."""
         try:
             run.finish(exit_code=exit_code)
         except TimeoutError:
-            self._fall_back(TimeoutError("its server takes too long"))
+            self.fall_back(TimeoutError("its server takes too long"))
 
     def _wait_for(self, artifacts: Sequence[Any]) -> None:
         """Let bundles be uploaded: that may take longer than the end of a run waits."""
         end = time.monotonic() + _UPLOAD_TIMEOUT
         for artifact in artifacts if self._mode == "online" else ():
+            if (left := round(end - time.monotonic())) < 1:
+                break
             with suppress(Exception):  # the end of the run says that something is missing
-                artifact.wait(timeout=max(1, round(end - time.monotonic())))
+                artifact.wait(timeout=left)
 
     def _check_server(self) -> None:
         """Go on offline if the server no longer answers: tables and artifacts would wait for it."""
@@ -230,9 +257,9 @@ class _Runs:
             try:
                 wandb.login(verify=True, timeout=_SERVER_TIMEOUT)
             except Exception as error:
-                self._fall_back(error)
+                self.fall_back(error)
 
-    def _fall_back(self, error: Exception) -> None:
+    def fall_back(self, error: Exception) -> None:
         """Go on offline. What there is of the search's run is on the disk, and the rest goes behind it."""
         import wandb
 
@@ -308,7 +335,7 @@ class _Runs:
         except Exception as error:
             if self._mode != "online":
                 raise
-            self._fall_back(error)
+            self.fall_back(error)
             for attempt in set(self._folders(run_id)) - before:
                 shutil.rmtree(attempt, ignore_errors=True)  # uploaded later, it would be an empty run
             return self._new_run(run_id, name, job_type, config, continued=continued)
@@ -332,7 +359,7 @@ def account_fault(entity: str | None) -> str:
         return "" if "Failed to execute API request" in str(error) else refuses + _first_line(error)
     except Exception:
         return ""
-    if entity is None:
+    if entity is None and (entity := os.environ.get("WANDB_ENTITY")) is None:
         return ""
     try:
         viewer = wandb.Api(timeout=_SERVER_TIMEOUT).viewer
@@ -362,8 +389,15 @@ def _search_id(directory: Path, experiment: str) -> str:
     file = directory / "search-id"
     if not file.exists():
         name = re.sub(r"[^A-Za-z0-9]+", "-", experiment).strip("-")[:40]
-        file.write_text(f"{name}-{secrets.token_hex(4)}")
+        _write(file, f"{name}-{secrets.token_hex(4)}")
     return file.read_text()
+
+
+def _write(file: Path, content: str) -> None:
+    """All of it or nothing, whenever this process is killed."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(content)
+    new.replace(file)
 
 
 def _alias(number: int | str) -> str:
@@ -374,6 +408,16 @@ def _alias(number: int | str) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _read(messages: queue.Queue[dict[str, Any] | None]) -> None:
+    """Take messages in as they come, so that it is known how many wait; None is the end."""
+    for line in sys.stdin:
+        try:
+            messages.put(json.loads(line))
+        except ValueError:  # the search was killed while it wrote
+            break
+    messages.put(None)
 
 
 def _serve() -> None:
@@ -394,8 +438,15 @@ def _serve() -> None:
             report(make_dashboard(DashboardContent(**json.load(sys.stdin))))
             return
     runs = _Runs(report)
-    for line in sys.stdin:
-        runs.handle(json.loads(line))
+    messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    threading.Thread(target=_read, args=(messages,), daemon=True).start()
+    ended = False
+    while (message := messages.get()) is not None:
+        left = messages.qsize()
+        ended = ended or (left > 0 and messages.queue[-1] is None)
+        if left > (_BEHIND_AT_THE_END if ended else _BEHIND):
+            runs.fall_back(TimeoutError("its server is slower than the search"))
+        runs.handle(message)
     runs.handle({"kind": "close"})
 
 

@@ -84,8 +84,7 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, repor
     drawn = page.evaluate(DRAWN)
     assert drawn["front"]["front"] == len(content["front"]["trial"])
     assert (
-        drawn["front"]["dominated"] + drawn["front"]["front"] + drawn["front"].get("baselines", 0)
-        == complete
+        drawn["front"]["dominated"] + drawn["front"]["front"] + drawn["front"].get("baselines", 0) == complete
     )
     assert drawn["course"] == {"": TRIALS}
     assert drawn["parallel"] == {"": complete}

@@ -79,15 +79,26 @@ def test_sync_uploads_what_is_on_the_disk(
 ) -> None:
     assert search() == 0
     calls: list[list[str]] = []
+    files = list(toy.glob("wandb/*/*.wandb"))
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
         calls.append(command)
-        return subprocess.CompletedProcess(command, returncode=len(calls) - 1)
+        for file in files[len(calls) == 1 :]:
+            file.with_suffix(".wandb.synced").touch()
+        return subprocess.CompletedProcess(command, returncode=int(len(calls) == 3))
 
     with monkeypatch.context() as patch:
+        patch.setattr("search.wandb_logger.account_fault", lambda entity: "")
         patch.setattr("search.commands.subprocess.run", run)
+        capsys.readouterr()
+        assert main(["sync", "toy"]) == 1
+        assert "1 W&B runs in runs/toy/wandb were not uploaded whole" in capsys.readouterr().err
         assert main(["sync", "toy"]) == 0
         assert main(["sync", "toy"]) == 1
+        patch.setattr("search.wandb_logger.account_fault", lambda entity: "the key is no key")
+        assert main(["sync", "toy"]) == 2
+        assert "prunefront: nothing is uploaded: the key is no key" in capsys.readouterr().err
+    assert len(calls) == 3
     assert calls[0] == [
         *(sys.executable, "-P", "-m", "wandb", "sync"),
         *("--include-online", "--yes", "runs/toy/wandb"),

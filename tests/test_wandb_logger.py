@@ -165,7 +165,8 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
         with WandbLogger(directory, config={"search": {"trials": 3}}, **options) as logger:
             logger.log_trial(record(0), on_front=True)
             row = {"finished": 1, "failed": 0, "front_size": 1, "hypervolume": 0.5}
-            logger.log_search(row, [(0, "tpe", 0.125, 0.875), (3, "anchor: dense", 1.0, 0.5)])
+            logger.log_search(row)
+            logger.log_tried([(0, "tpe", 0.125, 0.875), (3, "anchor: dense", 1.0, 0.5)])
             logger.log_front([FRONT[0]])
             logger.log_trial(record(1, **FAILED))
             logger.log_search({"finished": 2, "failed": 1, "front_size": 1, "hypervolume": None})
@@ -183,7 +184,6 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
                 report=directory / "report.html",
             )
         assert logger.mode == "offline"
-        assert f"wandb sync --include-online --yes {directory / 'wandb'}" in (logger.where() or "")
     assert warnings == []
     return offline_runs(directory)
 
@@ -364,6 +364,26 @@ def test_runs_of_the_front_end_even_if_the_search_is_killed(tmp_path: Path) -> N
     assert offline_runs(tmp_path)["trial 0"].exit_code == 0
 
 
+def test_half_a_message_is_the_end_of_all(tmp_path: Path) -> None:
+    logger = WandbLogger(tmp_path, experiment="digits", mode="offline", warn=pytest.fail)
+    logger.log_trial(record(0), on_front=True)
+    logger._waiting.put('{"kind": "trial", "rec')
+    logger.close()
+    runs = offline_runs(tmp_path)
+    assert {name: run.exit_code for name, run in runs.items()} == {"digits": 0, "trial 0": 0}
+
+
+def test_a_resumed_search_says_who_has_left_the_front(tmp_path: Path) -> None:
+    for members in ([0, 1], [1]):
+        with WandbLogger(tmp_path, experiment="digits", mode="offline", warn=pytest.fail) as logger:
+            for number in members[:-1]:
+                logger.log_trial(record(number), on_front=True)
+            logger.log_members(members)
+        time.sleep(1.1)  # folders of runs are told apart by the second
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*-00000.wandb"))
+    assert [OfflineRun(file).summary["on_front"] for file in files] == [True, False]
+
+
 def test_a_start_that_fails_is_the_only_thing_said(tmp_path: Path) -> None:
     warnings: list[str] = []
     with WandbLogger(
@@ -402,7 +422,6 @@ def test_disabled_means_nothing_at_all(tmp_path: Path) -> None:
     with WandbLogger(tmp_path, experiment="digits", mode="disabled", warn=pytest.fail) as logger:
         logger.log_trial(record(0))
         logger.finish([], {})
-    assert logger.where() is None
     assert list(tmp_path.iterdir()) == []
 
 

@@ -127,7 +127,7 @@ def test_what_a_misbehaving_server_does_not_take_is_kept_and_uploaded_later(
         logger.log_front(front)
         logger.finish(front, {"hypervolume": 0.5}, bundles={2: bundle})
         logger.close(timeout=90)
-    assert len(warnings) <= 1, "it is said once"
+    assert len(warnings) == 1, "it is said, once"
     server.behaviour = "fine"
     monkeypatch.chdir(run.parent.parent)
     assert main(["sync", "digits"]) == 0
@@ -173,12 +173,35 @@ def test_a_resumed_search_continues_its_run(
                 log(logger, number)
             logger.finish([], {"hypervolume": 0.1 * part.stop})
         time.sleep(1.1)  # folders of runs are told apart by the second
-    if mode == "offline":
-        monkeypatch.chdir(run.parent.parent)
-        assert main(["sync", "digits"]) == 0
+    monkeypatch.chdir(run.parent.parent)
+    main(["sync", "digits"])  # which online has nothing to add
     check(server, prefix_of(run), {0: "complete", 1: "failed", 2: "complete"})
     assert len(server.runs) == TRIALS + 1
     assert server.runs[f"{prefix_of(run)}-search"].summary["hypervolume"] == pytest.approx(0.1 * TRIALS)
+
+
+def test_a_server_that_is_too_slow_loses_nothing(
+    server: WandbServer, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 80
+    warnings: list[str] = []
+    server.behaviour = "slow"
+    with WandbLogger(run, experiment="digits", mode="online", warn=warnings.append) as logger:
+        for number in range(count):
+            logger.log_trial(record(number))
+            logger.log_search({"finished": number + 1})
+        logger.finish([], {"hypervolume": 0.5})
+    assert warnings == ["W&B runs are kept offline: its server is slower than the search"]
+    server.behaviour = "fine"
+    monkeypatch.chdir(run.parent.parent)
+    assert main(["sync", "digits"]) == 0
+    assert {received.name for received in server.runs.values()} == {
+        "digits",
+        *(f"trial {number}" for number in range(count)),
+    }
+    search = server.runs[f"{prefix_of(run)}-search"]
+    assert {row["finished"] for row in search.history.values() if "finished" in row} == {*range(1, count + 1)}
+    assert search.summary["hypervolume"] == 0.5
 
 
 def test_a_trial_that_is_logged_again_is_there_once(server: WandbServer, run: Path) -> None:
@@ -192,8 +215,13 @@ def test_a_trial_that_is_logged_again_is_there_once(server: WandbServer, run: Pa
     assert trial.summary["on_front"] is False
 
 
-def test_an_entity_of_others_is_said_before_anything_is_done(server: WandbServer) -> None:
+def test_an_entity_of_others_is_said_before_anything_is_done(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require_account("online", "us")
+    monkeypatch.setenv("WANDB_ENTITY", "other-team")
+    with pytest.raises(UserError, match="'other-team' is none of its account's: us, control-team"):
+        require_account("online")
     with pytest.raises(UserError, match="'acme' is none of its account's: us, control-team"):
         require_account("online", "acme")
     assert server.runs == {}

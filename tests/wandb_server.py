@@ -1,7 +1,7 @@
 """A server that speaks enough of W&B's protocol for the real client to log to it, on loopback.
 
 It keeps what it is sent. It can also be made to misbehave: `refuse` hangs up, `stall` answers nothing,
-`limit` answers 429, `drop` breaks off in the middle of every other answer.
+`limit` answers 429, `drop` breaks off in the middle of every other answer, `slow` takes its time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Behaviour = Literal["fine", "refuse", "stall", "limit", "drop"]
+Behaviour = Literal["fine", "refuse", "stall", "limit", "drop", "slow"]
 
 
 @dataclass
@@ -233,6 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
             case "limit":
                 self._reply(429, {"error": "rate limit exceeded"}, {"Retry-After": "1"})
                 return
+            case "slow":
+                self.server.ending.wait(0.4)
             case "drop" if number % 2:
                 self.send_response(200)
                 self.send_header("content-length", "1000")
