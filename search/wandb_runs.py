@@ -203,12 +203,18 @@ class _Runs:
             [
                 {
                     "run": self._run_id(trial["trial"]),
+                    **self._link(trial["trial"]),
                     "model": f"{self._prefix}-models:{_alias(trial['trial'])}",
                     **trial,
                 }
                 for trial in front
             ]
         )
+
+    def _link(self, number: int) -> dict[str, str]:
+        """Where a trial's run is to be looked at; W&B makes a link of it."""
+        url = self._search.url
+        return {"link": url.removesuffix(self._search.id) + self._run_id(number)} if url else {}
 
     def _run_id(self, number: int) -> str:
         return f"{self._prefix}-{number:05d}"

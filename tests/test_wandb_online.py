@@ -103,6 +103,8 @@ def test_everything_arrives(server: WandbServer, run: Path, tmp_path: Path) -> N
     assert all(artifact.committed for artifact in server.artifacts.values())
     assert b"weights" in server.files.values()
     assert b"<p>all of it</p>" in server.files.values()
+    link = f"{server.url}/us/prunefront/runs/{prefix}-00000"
+    assert any(f'"{link}"'.encode() in content for content in server.files.values())
 
 
 @pytest.mark.parametrize("behaviour", ["refuse", "stall", "limit", "drop"])
