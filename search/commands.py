@@ -14,7 +14,7 @@ from rich.console import Console
 
 from components import UserError
 from components.errors import nearest
-from search.config import ExperimentConfig, load_experiment, parse_experiment
+from search.config import ExperimentConfig, load_experiment
 from search.front import Front, percent
 from search.front_table import (
     WIDTH,
@@ -83,12 +83,13 @@ def sync(options: argparse.Namespace) -> int:
             f"{run.path} has no W&B runs to upload: its wandb.mode was 'disabled', or no trial ran"
         )
     run.claim()  # a search that still logs would be uploaded in part
-    config = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))
-    if fault := account_fault(config.wandb.entity):
-        raise UserError(f"nothing is uploaded: {fault}")
-    command = [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", "--yes", str(run.wandb)]
-    code = subprocess.run(command, check=False).returncode
-    run.release()
+    try:
+        if fault := account_fault(load_experiment(str(run.experiment)).wandb.entity):
+            raise UserError(f"nothing is uploaded: {fault}")
+        command = [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", "--yes", str(run.wandb)]
+        code = subprocess.run(command, check=False).returncode
+    finally:
+        run.release()
     left = [
         file for file in run.wandb.glob("*run-*/*.wandb") if not file.with_suffix(".wandb.synced").exists()
     ]
@@ -102,15 +103,15 @@ def dashboard(options: argparse.Namespace) -> int:
     from search.wandb_logger import make_dashboard
 
     run = find_run(options.run, options.runs_dir)
-    config = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))
+    wandb = load_experiment(str(run.experiment)).wandb
     trials = run.read_trials()
     if not trials:
         raise UserError(f"{run.path} has no trials yet: a dashboard has nothing to show")
     address = make_dashboard(
         run.path,
         experiment=run.path.resolve().name,
-        project=config.wandb.project,
-        entity=config.wandb.entity,
+        project=wandb.project,
+        entity=wandb.entity,
         trial=next((trial for trial in trials if trial.complete), trials[0]).to_record(),
     )
     print(f"Dashboard: {address}")

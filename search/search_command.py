@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,13 @@ def run(
 def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
     """See `run`."""
     config = ready.checked.config
+    warn = partial(print_note, console)
     for notice in ready.notices:
-        console.print(f"Note: {notice}", soft_wrap=True, highlight=False, markup=False)
+        warn(notice)
     if ready.base.trained:
         console.print(base_line(ready.base, ready.dense.agent.performance.name), highlight=False)
     if ready.keeper.results:
         console.print(resumption_line(ready), soft_wrap=True, highlight=False)
-
-    def warn(sentence: str) -> None:
-        console.print(f"Note: {sentence}", soft_wrap=True, highlight=False, markup=False)
-
     wandb = config.wandb
     with WandbLogger(
         ready.run.path,
@@ -169,7 +167,7 @@ class Watcher:
         if self._front_changed and now - self._front_logged > FRONT_SECONDS:
             self._front_logged, self._front_changed = now, False
             self._logger.log_front(self._keeper.front().to_json()["trials"])
-        self._logger.begin_dashboard(result.to_record())
+        self._logger.begin_dashboard(result.to_record)
         row = {
             **self._counts,
             "front_size": len(members),
@@ -255,7 +253,7 @@ def write(ready: ReadySearch, console: Console) -> Report | None:
     try:
         return write_report(ready.run)
     except Exception as error:
-        console.print(f"Note: no report was written: {describe(error)}", soft_wrap=True, highlight=False)
+        print_note(console, f"no report was written: {describe(error)}")
         return None
 
 
@@ -290,6 +288,11 @@ def logs_every_trial(ready: ReadySearch) -> bool:
     """Whether trials have W&B runs as they finish; in a large search those of the front have, at its end."""
     config = ready.checked.config
     return config.search.trials <= config.wandb.trial_runs
+
+
+def print_note(console: Console, sentence: str) -> None:
+    """What is worth knowing and stops nothing."""
+    console.print(f"Note: {sentence}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_steps(steps: Sequence[tuple[str, str]], console: Console) -> None:

@@ -82,6 +82,9 @@ def _sections(content: DashboardContent) -> list[Section]:
     def over_trials(title: str, *names: str) -> Any:
         return wr.LinePlot(title=title, x="finished", y=list(names), title_x="trials finished")
 
+    def along_fine_tuning(title: str, name: str) -> Any:
+        return wr.LinePlot(title=title, x="fine_tune/updates", y=[f"fine_tune/{name}"])
+
     def column(name: str) -> Any:
         return wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name), display_name=name)
 
@@ -134,16 +137,8 @@ def _sections(content: DashboardContent) -> list[Section]:
                     y=wr.SummaryMetric("retention"),
                     log_x=True,
                 ),
-                wr.LinePlot(
-                    title="Loss at the rungs of fine-tuning",
-                    x="fine_tune/updates",
-                    y=["fine_tune/rung_loss"],
-                ),
-                wr.LinePlot(
-                    title="Performance along fine-tuning",
-                    x="fine_tune/updates",
-                    y=["fine_tune/performance"],
-                ),
+                along_fine_tuning("Loss at the rungs of fine-tuning", "rung_loss"),
+                along_fine_tuning("Performance along fine-tuning", "performance"),
             ],
         ),
         Section(name="Report", panels=[media("Report", "report")], layout_settings=wide),

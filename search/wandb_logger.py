@@ -111,21 +111,23 @@ class WandbLogger:
         """
         self._send("trial", record=record, on_front=on_front)
 
-    def begin_dashboard(self, trial: Record) -> None:
+    def begin_dashboard(self, trial: Callable[[], Record]) -> None:
         """Make the dashboard, in the background, if the runs are online and `wandb-workspaces` is there.
 
         Only the first call does. Where that fails, `prunefront dashboard` says why.
 
         Args:
-            trial: see `make_dashboard`.
+            trial: makes what `make_dashboard` takes; called only if the dashboard is made.
         """
-        if self._makes_dashboard or self.address is None or find_spec("wandb_workspaces") is None:
+        if self._makes_dashboard or self.address is None:
             return
         self._makes_dashboard = True
+        if find_spec("wandb_workspaces") is None:
+            return
 
         def make() -> None:
             with suppress(UserError, OSError):
-                self.dashboard = make_dashboard(self.directory.parent, trial=trial, **self._place)
+                self.dashboard = make_dashboard(self.directory.parent, trial=trial(), **self._place)
 
         threading.Thread(target=make, name="wandb-dashboard", daemon=True).start()
 

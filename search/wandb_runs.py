@@ -91,7 +91,7 @@ class _Runs:
         # The first part of an online run is not to be continued: `sync` may upload it once more.
         continued = self._mode == "offline" or any(self._folders(f"{self._prefix}-search"))
         self._begin_search(continued=continued)
-        self._report({"mode": self._mode, "url": self._search.url or "", "search_run": self._search.id})
+        self._report({"mode": self._mode, "url": self._search.url or ""})
 
     def _begin_search(self, *, continued: bool) -> None:
         run_id = f"{self._prefix}-search"
@@ -139,17 +139,9 @@ class _Runs:
 
     def front(self, front: list[dict[str, Any]]) -> None:
         """The front as it stands."""
-        import wandb
-
         self._check_server()
-        columns, rows = self._linked(front)
-        if rows:
-            self._search.log(
-                {
-                    "front_plot": wandb.Plotly(front_plot(front, self._tried)),
-                    "live_front": wandb.Table(columns=list(columns), data=rows, log_mode="MUTABLE"),
-                }
-            )
+        if content := self._front_content(front, final=False):
+            self._search.log(content)
 
     def finish(
         self,
@@ -165,12 +157,7 @@ class _Runs:
         import wandb
 
         self._check_server()
-        content: dict[str, Any] = {}
-        columns, rows = self._linked(front)
-        if rows:
-            content["front"] = wandb.Table(columns=list(columns), data=rows)
-            content["live_front"] = wandb.Table(columns=list(columns), data=rows, log_mode="MUTABLE")
-            content["front_plot"] = wandb.Plotly(front_plot(front, self._tried))
+        content = self._front_content(front, final=True)
         columns, rows = importance_table(importance)
         if rows:
             content["importance"] = wandb.Table(columns=list(columns), data=rows)
@@ -196,6 +183,19 @@ class _Runs:
             artifacts.append(self._search.log_artifact(artifact, aliases=names, tags=["pareto"]))
         self._wait_for(artifacts)
         self.close()
+
+    def _front_content(self, front: Sequence[Record], *, final: bool) -> dict[str, Any]:
+        """A front as a plot and a table that replaces the last; in the end also as one that stays."""
+        import wandb
+
+        columns, rows = self._linked(front)
+        if not rows:
+            return {}
+        return {
+            "front_plot": wandb.Plotly(front_plot(front, self._tried)),
+            "live_front": wandb.Table(columns=list(columns), data=rows, log_mode="MUTABLE"),
+            **({"front": wandb.Table(columns=list(columns), data=rows)} if final else {}),
+        }
 
     def _linked(self, front: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
         """The table of a front, with the run and the artifact of every trial."""
@@ -400,7 +400,10 @@ def _search_id(directory: Path, experiment: str) -> str:
 
 
 def _write(file: Path, content: str) -> None:
-    """All of it or nothing, whenever this process is killed."""
+    """All of it or nothing, whenever this process is killed.
+
+    `search.durable_files` does that too, and would bring torch into this process.
+    """
     new = file.with_name(f"{file.name}.new")
     new.write_text(content)
     new.replace(file)

@@ -235,7 +235,7 @@ def test_a_dashboard_shows_the_front_first(server: WandbServer, run: Path) -> No
         while logger.address is None:
             time.sleep(0.05)
         for _ in range(2):
-            logger.begin_dashboard(record(0))
+            logger.begin_dashboard(lambda: record(0))
         end = time.monotonic() + 60
         while logger.dashboard is None and time.monotonic() < end:
             time.sleep(0.05)

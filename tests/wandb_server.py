@@ -20,6 +20,10 @@ from typing import Any, Literal
 Behaviour = Literal["fine", "refuse", "stall", "limit", "drop", "slow"]
 
 
+VIEWER = {"id": "u", "entity": "us", "username": "us", "email": "", "flags": "{}"}
+"""Whose key it is."""
+
+
 @dataclass
 class Received:
     """One run, as the server has it."""
@@ -76,14 +80,14 @@ class WandbServer(ThreadingHTTPServer):
         variables = variables.get("input") or variables
         match operation:
             case "Viewer":
-                viewer = {"id": "u", "entity": "us", "username": "us", "email": "", "flags": "{}"}
-                return {"viewer": {**viewer, "teams": {"edges": []}}}
+                return {"viewer": {**VIEWER, "teams": {"edges": []}}}
             case "GetViewer":
                 more = {"name": "us", "admin": False, "deletedAt": None, "apiKeys": {"edges": []}}
-                viewer = {"id": "u", "entity": "us", "username": "us", "email": "", "flags": "{}", **more}
-                return {"viewer": {**viewer, "teams": {"edges": [{"node": {"name": "control-team"}}]}}}
+                return {
+                    "viewer": {**VIEWER, **more, "teams": {"edges": [{"node": {"name": "control-team"}}]}}
+                }
             case "GetDefaultEntity":
-                return {"viewer": {"id": "u", "entity": "us"}}
+                return {"viewer": VIEWER}
             case "Run":
                 return {"project": {"id": "p", "internalId": "1", "run": self._found(variables["name"])}}
             case "View":
