@@ -75,6 +75,34 @@ def scroll_through(page: api.Page) -> None:
         page.wait_for_timeout(50)
 
 
+def hover(page: api.Page, size: float, retention: float) -> tuple[float, float]:
+    """Move the mouse to a point of the front's chart until its tooltip is there; where that was.
+
+    Where ECharts has drawn a point is known to the chart alone, and on a busy machine it may still be drawing
+    it elsewhere, after the row that was clicked has changed the page.
+    """
+    for _ in range(20):
+        left, top = page.evaluate(
+            """([x, y]) => {
+                const chart = charts[0];
+                const [left, top] = chart.convertToPixel({ xAxisIndex: 0, yAxisIndex: 0 }, [x, y]);
+                const box = chart.getDom().getBoundingClientRect();
+                return [box.left + left, box.top + top];
+            }""",
+            [size, retention],
+        )
+        page.mouse.move(0, 0)
+        page.mouse.move(left, top)
+        try:
+            page.wait_for_function(
+                "document.querySelector('#front-chart').innerText.includes('Trial')", timeout=3000
+            )
+        except api.TimeoutError:
+            continue
+        return left, top
+    raise AssertionError("there is no tooltip where the chart says that it has drawn the trial")
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, report, width, height) -> None:
     page = opened(width, height)
@@ -106,19 +134,10 @@ def test_a_point_that_is_clicked_is_shown_beside_the_chart(opened, report) -> No
     assert page.locator("#detail h3").inner_text() == f"Trial {front[-1]}"
     assert row.get_attribute("aria-current") == "true"
     index = content["trials"]["number"].index(front[0])
-    # Where ECharts has drawn the trial is known to the chart alone.
     page.evaluate("document.getElementById('front-chart').scrollIntoView()")
-    place = page.evaluate(
-        """([x, y]) => {
-            const chart = charts[0];
-            const [left, top] = chart.convertToPixel({ xAxisIndex: 0, yAxisIndex: 0 }, [x, y]);
-            const box = chart.getDom().getBoundingClientRect();
-            return [box.left + left, box.top + top];
-        }""",
-        [100 * content["trials"]["size_ratio"][index], content["trials"]["retention"][index]],
+    place = hover(
+        page, 100 * content["trials"]["size_ratio"][index], content["trials"]["retention"][index]
     )
-    page.mouse.move(*place)
-    page.wait_for_function("document.querySelector('#front-chart').innerText.includes('Trial')")
     assert f"Trial {front[0]}" in page.locator("#front-chart").inner_text()
     page.mouse.click(*place)
     assert page.locator("#detail h3").inner_text() == f"Trial {front[0]}"
