@@ -3,8 +3,8 @@
 An agent is a trainable, evaluable model with named components, built from *widths* (the size of every pruning
 group), so that a pruned agent is one with smaller widths and a smaller state. Any class with the members of
 `Agent` is one; it need not inherit anything. Below `Agent` stands what it may have besides: `Student`,
-`calibration_program`, `shared_ratios`, `searchable_options`, `rehearsal`. `tests/agent_contract.py` checks
-what is promised here.
+`Rankable`, `Shrinkable`, `calibration_program`, `shared_ratios`, `searchable_options`, `rehearsal`.
+`tests/agent_contract.py` checks what is promised here.
 """
 
 from __future__ import annotations
@@ -224,6 +224,40 @@ class Rankable(Protocol):
         fine-tuning changes: neither weights, gradients, generators nor the training mode. NaN or infinity
         says that it has diverged.
         """
+
+
+@runtime_checkable
+class Shrinkable(Protocol):
+    """An agent that can lose channels in the middle of its training or its fine-tuning."""
+
+    @property
+    def training_steps(self) -> int:
+        """What the `progress` of `train` is told as the total."""
+
+    def shrink(self, kept: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on with fewer channels.
+
+        Called from the `progress` of a running `train` or `fine_tune`, which `states` has described just
+        before, moments of the optimizers included. `model` stays the same object, with narrower layers.
+
+        Args:
+            kept: group -> indices of the present channels that stay, `(width,)`, int64, ascending, on the
+                agent's device.
+            states: every section of `states`, cut to these channels; the model's may be repaired besides.
+        """
+
+    def fine_tune(
+        self, method: str, updates: int, seed: int, progress: Progress, tracker: Tracker | None = None
+    ) -> Mapping[str, float] | None:
+        """As `Agent.fine_tune`, telling a tracker of every update, as `train` does."""
+
+
+def taught_methods(agent: Agent) -> tuple[str, ...]:
+    """Fine-tuning methods that need the base: a `Student`'s `taught_methods`, or all of them; else none."""
+    if not isinstance(agent, Student):
+        return ()
+    methods: tuple[str, ...] = getattr(agent, "taught_methods", agent.fine_tune_methods)
+    return methods
 
 
 def rung_methods(agent: Agent) -> tuple[str, ...]:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from agents import datasets
-from agents.adam import WARM_STEPS, half_cosine
+from agents.adam import half_cosine, moments_of, set_moments
 from agents.agent import UNTRACKED, Objective, Progress, Split, Tracker
 from agents.options import parse_options
+from agents.shrinking import take_layers
 from agents.widths import complete
 from components.errors import UserError, nearest
 
@@ -212,6 +213,7 @@ class Autoencoder:
         self.device = torch.device(device)
         self.model: nn.Module = self._new_model(seed=0).to(self.device)
         self._moments = self._zero_moments()
+        self._optimizer: torch.optim.Adam | None = None  # of the training or fine-tuning under way
         self._data = None if data is None else {name: images.to(self.device) for name, images in data.items()}
 
     # --- the model and its data --------------------------------------------------------------------------
@@ -244,7 +246,8 @@ class Autoencoder:
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """`model`, `adam_mean` and `adam_square`."""
-        sections = {"model": self.model.state_dict(), **self._moments}
+        moments = self._moments if self._optimizer is None else self._moments_of(self._optimizer)
+        sections = {"model": self.model.state_dict(), **moments}
         return {
             section: {name: tensor.detach().clone() for name, tensor in state.items()}
             for section, state in sections.items()
@@ -265,6 +268,11 @@ class Autoencoder:
 
     # --- learning ----------------------------------------------------------------------------------------
 
+    @property
+    def training_steps(self) -> int:
+        """Gradient updates of the training."""
+        return self._options.updates
+
     def train(self, seed: int, tracker: Tracker | None, progress: Progress) -> None:
         """Minimise the reconstruction error on the training images, from new random weights."""
         self.model.load_state_dict(self._new_model(seed).state_dict())
@@ -273,14 +281,28 @@ class Autoencoder:
         tracker = tracker or UNTRACKED
         self._fit(chosen.updates, chosen.batch_size, chosen.learning_rate, seed, tracker, progress)
 
-    def fine_tune(self, method: str, updates: int, seed: int, progress: Progress) -> None:
+    def fine_tune(
+        self, method: str, updates: int, seed: int, progress: Progress, tracker: Tracker | None = None
+    ) -> None:
         """`supervised`: go on with the training images, with the fine-tuning batch size and learning rate."""
         if method not in self.fine_tune_methods:
             known = nearest(method, self.fine_tune_methods)
             raise UserError(f"the autoencoder has no fine-tuning method {method!r}: {known}")
         chosen = self._options
         size, rate = chosen.fine_tune_batch_size, chosen.fine_tune_learning_rate
-        self._fit(updates, size, rate, seed, UNTRACKED, progress)
+        self._fit(updates, size, rate, seed, tracker or UNTRACKED, progress)
+
+    def shrink(self, kept: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on with fewer channels, Adam's moments and its count of steps included."""
+        self.widths = {
+            group: len(kept[group]) if group in kept else size for group, size in self.widths.items()
+        }
+        take_layers(self.model, self._new_model(seed=0).to(self.device), states["model"])
+        self._moments = {section: dict(states[section]) for section in ("adam_mean", "adam_square")}
+        if self._optimizer is not None:
+            [group] = self._optimizer.param_groups
+            steps = max(float(state["step"]) for state in self._optimizer.state.values())
+            self._optimizer = self._new_optimizer(group["lr"], steps)
 
     def _fit(
         self,
@@ -296,12 +318,13 @@ class Autoencoder:
             return
         images = self._split("train")
         batches = _batches(len(images), updates, batch_size, seed).to(self.device)  # (updates, batch_size)
-        optimizer = self._optimizer(learning_rate)
+        self._optimizer = self._new_optimizer(learning_rate)
         note_every = max(1, updates // 50)  # reading a loss waits for the device
         note = ""
         self.model.train()
         try:
             for step in range(updates):
+                optimizer = self._optimizer  # a new one, once channels were lost
                 optimizer.param_groups[0]["lr"] = half_cosine(learning_rate, step, updates)
                 batch = images[batches[step]]
                 optimizer.zero_grad(set_to_none=True)
@@ -313,26 +336,22 @@ class Autoencoder:
                 if (step + 1) % note_every == 0 or step + 1 == updates:
                     note = f"training error {loss.item():.5f}"
                 progress(step + 1, updates, note)
+            self._moments = self._moments_of(self._optimizer)
         finally:
+            self._optimizer = None
             self.model.eval()
             self.model.zero_grad(set_to_none=True)
-        self._moments = {
-            "adam_mean": {n: optimizer.state[p]["exp_avg"] for n, p in self.model.named_parameters()},
-            "adam_square": {n: optimizer.state[p]["exp_avg_sq"] for n, p in self.model.named_parameters()},
-        }
 
-    def _optimizer(self, learning_rate: float) -> torch.optim.Adam:
+    def _new_optimizer(self, learning_rate: float, steps: float | None = None) -> torch.optim.Adam:
         """Adam, going on from the moments; fused, an update of a small model takes a quarter less time."""
         optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate, betas=BETAS, fused=True)
         mean, square = self._moments["adam_mean"], self._moments["adam_square"]
-        warm = any(bool(moment.any()) for moment in square.values())
-        for name, parameter in self.model.named_parameters():
-            optimizer.state[parameter] = {
-                "step": torch.tensor(WARM_STEPS if warm else 0.0, device=self.device),
-                "exp_avg": mean[name].clone(),
-                "exp_avg_sq": square[name].clone(),
-            }
+        set_moments([optimizer], dict(self.model.named_parameters()), mean, square, steps)
         return optimizer
+
+    def _moments_of(self, optimizer: torch.optim.Adam) -> dict[str, dict[str, Tensor]]:
+        mean, square = moments_of([optimizer], dict(self.model.named_parameters()))
+        return {"adam_mean": mean, "adam_square": square}
 
     def rung_loss(self) -> float:
         """The error on the validation images, in evaluation mode, also while training."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -167,23 +167,69 @@ def mix(scores: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> Tens
     for metric in weights:
         if metric not in scores:
             raise UserError(f"there are no scores of metric {metric!r}: {nearest(metric, scores)}")
+    return _weighted({metric: normalise(scores[metric]) for metric in weights}, weights)
+
+
+def _weighted(normalised: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The weighted mean of normalised scores, `(size,)` float64; of the positive weights."""
     total = math.fsum(weights.values())
-    parts = [normalise(scores[metric]) * (weight / total) for metric, weight in weights.items()]
+    parts = [normalised[metric] * (weight / total) for metric, weight in weights.items() if weight > 0]
     return torch.stack(parts).sum(0)
 
 
-def kept_count(size: int, ratio: float) -> int:
-    """How many of a group's channels stay: its kept share, rounded, at least one."""
-    return max(1, round((1.0 - ratio) * size))
+def kept_count(size: int, ratio: float, round_to: int = 1) -> int:
+    """How many of a group's channels stay: its kept share, rounded, at least one.
+
+    Args:
+        size: channels of the group.
+        ratio: the share to remove, in [0, 1).
+        round_to: the width becomes a multiple of it, the nearest one, or stays whole where that is as near;
+            at least one multiple stays, and a group that is smaller stays whole.
+    """
+    wanted = (1.0 - ratio) * size
+    if round_to == 1:
+        return max(1, round(wanted))
+    if size <= round_to:
+        return size
+    rounded = max(1, round(wanted / round_to)) * round_to
+    return size if rounded > size or abs(size - wanted) <= abs(rounded - wanted) else rounded
 
 
-def choose(graph: DependencyGraph, scores: Mapping[str, Scores], plan: PruningPlan) -> dict[str, Tensor]:
-    """The channels to keep: in every group the highest mixed scores, and at least one channel.
+@dataclass(frozen=True)
+class Ranking:
+    """Which channels compete with one another, and which widths are allowed.
+
+    Attributes:
+        scope: `group`: those of one group, so that every group loses the share that the plan says;
+            `isomorphic`: those of all groups that are built alike (`comparable_groups`), which together lose
+            as many as they would one by one, wherever the scores are lowest (after Fang et al., 2024,
+            2407.04616).
+        round_to: widths are multiples of it, as hardware likes them: see `kept_count`.
+    """
+
+    scope: Literal["group", "isomorphic"] = "group"
+    round_to: int = 1
+
+
+PER_GROUP = Ranking()
+"""Every group on its own, of any width."""
+
+
+def choose(
+    graph: DependencyGraph,
+    scores: Mapping[str, Scores],
+    plan: PruningPlan,
+    ranking: Ranking = PER_GROUP,
+    counts: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """The channels to keep: the highest mixed scores, and in every group at least one channel.
 
     Args:
         graph: the dependency graph.
         scores: for every metric that the plan gives weight to, the scores of all groups.
         plan: mixing coefficients and pruning ratios.
+        ranking: which channels compete with one another.
+        counts: group -> how many stay, from 1 to its size, instead of what the plan's ratios say.
 
     Returns:
         For every group a bool tensor `(size,)` on the CPU; True keeps the channel. Among equal scores the
@@ -196,11 +242,94 @@ def choose(graph: DependencyGraph, scores: Mapping[str, Scores], plan: PruningPl
     for name in plan.ratios:
         if name not in graph.by_name:
             raise UserError(f"the model has no pruning group {name!r}: {nearest(name, graph.by_name)}")
-    return {group.name: _keep(group, scores, plan) for group in graph.groups}
+    if counts is None:
+        counts = {
+            group.name: kept_count(group.size, plan.ratios.get(group.name, 0.0), ranking.round_to)
+            for group in graph.groups
+        }
+    if ranking.scope == "isomorphic":
+        return _keep_among_comparable(graph, scores, plan, counts, ranking.round_to)
+    return {
+        group.name: _highest(mix(_of_group(group, scores), plan.coefficients_of(group)), counts[group.name])
+        for group in graph.groups
+    }
 
 
-def _keep(group: Group, scores: Mapping[str, Scores], plan: PruningPlan) -> Tensor:
-    keep = torch.zeros(group.size, dtype=torch.bool)
+def comparable_groups(groups: Iterable[Group]) -> dict[str, str]:
+    """Group -> the first of the groups that are built alike: the same kinds of layer make and read them.
+
+    Built alike are groups whose members agree in what they are (a layer's weight, a bias, ...), in the axis
+    that is pruned and in how often a channel occurs there; coupling groups are so among themselves only.
+    """
+    first: dict[object, str] = {}
+    return {group.name: first.setdefault(_build(group), group.name) for group in groups}
+
+
+def _build(group: Group) -> object:
+    members = sorted(
+        (member.parameter.rpartition(".")[2], member.axis, member.indices.shape[1], member.consumes)
+        for member in group.members
+    )
+    return group.is_coupling, tuple(members)
+
+
+def _keep_among_comparable(
+    graph: DependencyGraph,
+    scores: Mapping[str, Scores],
+    plan: PruningPlan,
+    counts: Mapping[str, int],
+    round_to: int,
+) -> dict[str, Tensor]:
+    """Groups that are built alike share out, by their scores, what they would keep one by one.
+
+    Metrics are normalised over all channels that compete, so that their groups differ in the mean.
+    """
+    kinds: dict[str, list[Group]] = {}
+    first = comparable_groups(graph.groups)
+    for group in graph.groups:
+        kinds.setdefault(first[group.name], []).append(group)
+    keep: dict[str, Tensor] = {}
+    for groups in kinds.values():
+        sizes = [group.size for group in groups]
+        by_group = [_of_group(group, scores) for group in groups]
+        needed = {
+            metric: None
+            for group in groups
+            for metric, weight in plan.coefficients_of(group).items()
+            if weight > 0
+        }
+        pooled: dict[str, Sequence[Tensor]] = {}
+        for metric in needed:
+            lacking = next((of_group for of_group in by_group if metric not in of_group), None)
+            if lacking is not None:
+                raise UserError(f"there are no scores of metric {metric!r}: {nearest(metric, lacking)}")
+            pooled[metric] = torch.split(
+                normalise(torch.cat([of_group[metric] for of_group in by_group])), sizes
+            )
+        mixed = [
+            _weighted({metric: parts[i] for metric, parts in pooled.items()}, plan.coefficients_of(group))
+            for i, group in enumerate(groups)
+        ]
+        # Every group keeps its best channel; for the others all compete.
+        ahead = [values.clone() for values in mixed]
+        for values in ahead:
+            values[values.argmax()] = math.inf
+        together = _highest(torch.cat(ahead), max(sum(counts[group.name] for group in groups), len(groups)))
+        for group, values, chosen in zip(groups, mixed, torch.split(together, sizes), strict=True):
+            share = 1.0 - int(chosen.sum()) / group.size
+            keep[group.name] = _highest(values, kept_count(group.size, share, round_to))
+    return {group.name: keep[group.name] for group in graph.groups}
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """A mask of the `count` highest scores; of equal ones the lower index."""
+    keep = torch.zeros(len(scores), dtype=torch.bool)
+    keep[torch.argsort(scores, descending=True, stable=True)[:count]] = True
+    return keep
+
+
+def _of_group(group: Group, scores: Mapping[str, Scores]) -> dict[str, Tensor]:
+    """Metric -> the scores of one group, `(size,)`, on the CPU."""
     of_group = {
         metric: by_group[group.name].cpu() for metric, by_group in scores.items() if group.name in by_group
     }
@@ -210,10 +339,7 @@ def _keep(group: Group, scores: Mapping[str, Scores], plan: PruningPlan) -> Tens
                 f"the {metric!r} scores of group {group.name!r} have to be ({group.size},), "
                 f"not {tuple(values.shape)}"
             )
-    mixed = mix(of_group, plan.coefficients_of(group))
-    order = torch.argsort(mixed, descending=True, stable=True)
-    keep[order[: kept_count(group.size, plan.ratios.get(group.name, 0.0))]] = True
-    return keep
+    return of_group
 
 
 def _check_weights(weights: Mapping[str, float], where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from components.dependency import DependencyGraph, Keep
+from components.dependency import Consumer, DependencyGraph, Group, Keep
 from components.errors import UserError, nearest
 
 KeptIndices = Mapping[str, tuple[Tensor | None, ...]]
@@ -87,6 +88,54 @@ def slice_state(
                 piece = piece.index_select(axis, kept.to(piece.device))
         result[name] = piece if known in indices else piece.clone()
     return result
+
+
+def restricted(graph: DependencyGraph, keep: Keep) -> DependencyGraph:
+    """The graph of the model without its removed channels, as tracing that would give it.
+
+    Groups keep their names, also those of one channel. Nothing passed in is modified.
+
+    Raises:
+        UserError: masks that do not fit the graph.
+    """
+    indices = kept_indices(graph, keep)
+    places: dict[tuple[str, int], Tensor] = {}  # per parameter axis: old index -> new index
+    shapes = dict(graph.shapes)
+    for name, axes in indices.items():
+        sizes = list(graph.shapes[name])
+        for axis, kept in enumerate(axes):
+            if kept is None:
+                continue
+            place = torch.full((sizes[axis],), -1)
+            place[kept] = torch.arange(len(kept))
+            places[name, axis] = place
+            sizes[axis] = len(kept)
+        shapes[name] = torch.Size(sizes)
+
+    def narrowed(group: Group) -> Group:
+        kept = keep.get(group.name, torch.ones(group.size, dtype=torch.bool)).cpu()
+        members = tuple(
+            replace(member, indices=place[chosen] if place is not None else chosen)
+            for member in group.members
+            for place, chosen in [(places.get((member.parameter, member.axis)), member.indices[kept])]
+        )
+        return replace(group, size=int(kept.sum()), members=members)
+
+    def regrouped(consumer: Consumer) -> Consumer:
+        """Of a grouped convolution, as many groups as have an output left."""
+        axes = indices.get(consumer.weight)
+        kept = None if axes is None else axes[consumer.output_axis]
+        if consumer.groups == 1 or kept is None:
+            return consumer
+        outputs = graph.shapes[consumer.weight][consumer.output_axis]
+        return replace(consumer, groups=len(torch.unique(kept // (outputs // consumer.groups))))
+
+    return replace(
+        graph,
+        groups=tuple(narrowed(group) for group in graph.groups),
+        shapes=shapes,
+        consumers=tuple(regrouped(consumer) for consumer in graph.consumers),
+    )
 
 
 def prune(graph: DependencyGraph, state: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from components import importance
 from components.channel_sums import scored_parameters
-from components.dependency import DependencyGraph
+from components.dependency import DependencyGraph, Keep
 from components.errors import UserError
 from components.gates import GateMode, gate_readers
 from components.importance import MissingStatisticsError
+from components.pruning import kept_indices, slice_state
 
 EVERY = 16
 """How often a step is tracked by default. On an autoencoder of 64-256-128-16 and back, at batch 128 on one
@@ -218,6 +219,40 @@ class ImportanceTracker:
             if len(self._history) >= 2 * self._snapshots:
                 self._history = self._history[1::2]
                 self._interval *= 2.0
+
+    def shrink(self, graph: DependencyGraph, model: nn.Module, keep: Keep) -> None:
+        """Go on with a model that has lost channels: what was gathered of the others stays.
+
+        Snapshots so far are dropped: they are of channels that are gone.
+
+        Args:
+            graph: of the narrower model (`components.pruning.restricted`).
+            model: the narrower model, with its present parameters.
+            keep: for every group of the graph so far, which channels stay.
+        """
+        indices = kept_indices(self._graph, keep)
+        cut = {
+            field.name: slice_state(
+                self._graph,
+                {name: getattr(record, field.name) for name, record in self._records.items()},
+                indices,
+            )
+            for field in fields(_Record)
+            if field.name != "count"
+        }
+        self._records = {
+            name: _Record(**{field: by_name[name] for field, by_name in cut.items()}, count=record.count)
+            for name, record in self._records.items()
+        }
+        for group, gate in self._gates.items():
+            if gate.total is not None and group in keep:
+                gate.total = gate.total[keep[group].to(gate.total.device)]
+        parameters = dict(model.named_parameters())
+        self._parameters = {name: parameters[name] for name in self._records}
+        self._graph = graph
+        self._readers = gate_readers(graph, model)
+        self._pending = {}
+        self._history = []
 
     @property
     def steps(self) -> int:

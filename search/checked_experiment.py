@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from agents.agent import Agent, Objective, agent_class, rung_methods, searchable_options, shared_ratios
-from components import UserError
+from agents.agent import (
+    Agent,
+    Objective,
+    Shrinkable,
+    agent_class,
+    rung_methods,
+    searchable_options,
+    shared_ratios,
+    taught_methods,
+)
+from components import Group, UserError
 from components.errors import nearest
+from components.mixing import Ranking, comparable_groups
+from components.schedule import PruningSchedule
 from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
 from search.base_files import load_base
 from search.config import ExperimentConfig, changes, parse_experiment, resolve_objectives
@@ -23,7 +34,7 @@ from search.scheduler import EarlyStopping
 from search.space import OptionRange, SearchSpace
 from search.study import LEARNING_SAMPLERS, Study
 from search.study_database import StudyDatabase
-from search.trial_types import Proposal, TrialResult, TrialSettings, TrialSpec, trial_seed
+from search.trial_types import GradualSettings, Proposal, TrialResult, TrialSettings, TrialSpec, trial_seed
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,17 @@ class CheckedExperiment:
             fine_tune_method=pruning.fine_tune.method,
             fine_tune_updates=pruning.fine_tune.updates,
             rungs=early_stopping.rungs_of(pruning.fine_tune.updates) if early_stopping else (),
+            ranking=Ranking(pruning.ranking, pruning.round_to),
+            gradual=self._gradual,
             base_mode=self.config.base.mode,
             threads=self.threads,
+        )
+
+    @property
+    def _gradual(self) -> GradualSettings | None:
+        chosen, schedule = self.config.pruning.schedule, _schedule(self.config, self.agent)
+        return (
+            None if schedule is None else GradualSettings(schedule, chosen.smoothing, chosen.reconstruction)
         )
 
     def specify(self, number: int, proposal: Proposal) -> TrialSpec:
@@ -162,9 +182,10 @@ def check(
         may_exist: a run directory that is in use is no fault, as nothing will be written to it.
 
     Raises:
-        UserError: an unknown agent, option, fine-tuning method or objective, an option that cannot be
-            searched, early stopping of an agent without a rung loss, nothing to prune, a budget too small for
-            the space, a run directory that is in use, or one that is to be resumed and is of another search.
+        UserError: an unknown agent, option, fine-tuning method or objective, a pruning schedule that does
+            not fit the training, an option that cannot be searched, early stopping of an agent without a
+            rung loss, nothing to prune, a budget too small for the space, a run directory that is in use, or
+            one that is to be resumed and is of another search.
     """
     kind = config.agent.kind
     agent = agent_class(kind)(config.agent.options)
@@ -179,6 +200,7 @@ def check(
             f"search.early_stopping ranks trials by a rung loss, which {kind} does not have when it is "
             f"fine-tuned by {method or agent.fine_tune_methods[0]!r}: choose {instead}null"
         )
+    _schedule(config, agent)
     objectives = resolve_objectives(config.search.objectives, config.search.constraints, agent.performance)
     slow = [objective.name for objective in objectives if objective.name in LATENCIES]
     if slow and config.search.early_stopping is not None:
@@ -198,11 +220,56 @@ def check(
         coefficients=config.pruning.coefficients,
         trials=config.search.trials,
         force=config.pruning.coefficients_force,
-        shared=shared_ratios(agent),
+        shared=_shared_ratios(config, agent, graph.groups),
+        round_to=config.pruning.round_to,
         options=_option_ranges(config, agent),
     )
     earlier = _earlier_trials(config, path, space, objectives, resume=resume)
     return CheckedExperiment(config, path, agent, objectives, space, resume, earlier)
+
+
+def _schedule(config: ExperimentConfig, agent: Agent) -> PruningSchedule | None:
+    """When how much is pruned; None where everything goes at once.
+
+    Raises:
+        UserError: the agent cannot be pruned step by step, or not so.
+    """
+    kind, wish, pruning = config.agent.kind, config.pruning.schedule, config.pruning
+    if wish.kind == "one_shot":
+        return None
+    if not isinstance(agent, Shrinkable):
+        raise UserError(
+            f"pruning.schedule is {wish.kind!r}, but {kind} cannot lose channels while it trains: choose "
+            "'one_shot'"
+        )
+    if config.base.mode == "per_trial":
+        method = pruning.fine_tune.method or agent.fine_tune_methods[0]
+        if pruning.fine_tune.updates and method in taught_methods(agent):
+            others = [name for name in agent.fine_tune_methods if name not in taught_methods(agent)]
+            instead = f"pruning.fine_tune.method one of {', '.join(others)}, or " if others else ""
+            raise UserError(
+                f"pruning.fine_tune.method is {method!r}, which learns from the trained base, and with "
+                f"base.mode 'per_trial' and pruning.schedule {wish.kind!r} there is none: choose {instead}"
+                "pruning.fine_tune.updates 0"
+            )
+        return wish.over(agent.training_steps, "steps of training")
+    schedule = wish.over(pruning.fine_tune.updates, "updates of fine-tuning")
+    stopping = config.search.early_stopping
+    if schedule is not None and stopping is not None:
+        first = stopping.rungs_of(pruning.fine_tune.updates)[0]
+        if first < schedule.end:
+            raise UserError(
+                f"search.early_stopping has its first rung after {first} updates, before pruning.schedule "
+                f"ends, at {schedule.end}: let that end sooner, or set search.early_stopping.first higher"
+            )
+    return schedule
+
+
+def _shared_ratios(config: ExperimentConfig, agent: Agent, groups: Sequence[Group]) -> Mapping[str, str]:
+    """Which groups are pruned by one ratio: those whose channels compete, or those that the agent ties."""
+    if config.pruning.ranking == "isomorphic":
+        return comparable_groups(groups)
+    return shared_ratios(agent)
 
 
 def _earlier_trials(

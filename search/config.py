@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from components.errors import UserError, nearest
+from components.schedule import PruningSchedule
 from search import experiment_yaml
 from search.config_errors import Fault, sentence, shown
 
@@ -227,6 +228,63 @@ class FineTuneConfig(_Section):
     updates: int = Field(150, ge=0)
 
 
+class ScheduleConfig(_Section):
+    """Whether channels go at once, before fine-tuning, or step by step while the agent is fine-tuned.
+
+    Where every trial trains its own base (`base: {mode: per_trial}`), step by step means during that training
+    from scratch, and everything is counted in its steps (of TD-MPC, environment steps); else in updates of
+    the fine-tuning.
+
+    Attributes:
+        kind: `one_shot`, or how the removed share grows: `cosine`, slow at both ends, or `cubic`, fast at
+            first (`components.schedule`).
+        start: steps before anything is removed, >= 0.
+        end: steps after which the last is removed; null is two thirds of them all.
+        interval: steps between two removals, >= 1; null makes ten.
+        smoothing: how much of its old scores a metric keeps when channels are scored anew, in [0, 1).
+        reconstruction: refit by `pruning.reconstruction` at every step, not only slice.
+    """
+
+    kind: Literal["one_shot", "cosine", "cubic"] = "one_shot"
+    start: int = Field(0, ge=0)
+    end: int | None = Field(None, ge=0)
+    interval: int | None = Field(None, ge=1)
+    smoothing: float = Field(0.5, ge=0, lt=1)
+    reconstruction: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, data: object) -> object:
+        """`schedule: cosine` is short for `schedule: {kind: cosine}`."""
+        return {"kind": data} if isinstance(data, str) else data
+
+    def over(self, steps: int, counted: str) -> PruningSchedule | None:
+        """The schedule over a training of so many steps; None where everything goes at once.
+
+        Args:
+            steps: of the whole training.
+            counted: what they are, for messages: `updates of fine-tuning`.
+
+        Raises:
+            UserError: it ends after the training, or before it starts.
+        """
+        if self.kind == "one_shot":
+            return None
+        end = max(self.start, 2 * steps // 3) if self.end is None else self.end
+        if end > steps:
+            raise UserError(
+                f"pruning.schedule ends after {end} steps and the training after {steps} {counted}: let it "
+                f"end after at most {steps}"
+            )
+        if end < self.start:
+            raise UserError(
+                f"pruning.schedule starts after {self.start} steps and ends after {end}: let it start sooner "
+                "or end later"
+            )
+        interval = max(1, (end - self.start) // 10) if self.interval is None else self.interval
+        return PruningSchedule(self.kind, self.start, end, interval)
+
+
 class PruningConfig(_Section):
     """What a trial does to the base.
 
@@ -235,6 +293,11 @@ class PruningConfig(_Section):
         coefficients: `shared` mixes alike everywhere; `per_component` mixes for every component on its own.
         coefficients_force: search `per_component` coefficients even below 10 trials a dimension.
         max_ratio: largest share of a group to remove, in (0, 1).
+        ranking: `group` keeps the best channels of every group, as many as its ratio says; `isomorphic` lets
+            groups that are built alike share one ratio, and their channels compete with one another.
+        round_to: widths are multiples of it, such as 8, which hardware likes; groups that are no wider stay
+            whole.
+        schedule: at once, or step by step while the agent is fine-tuned or trained.
         reconstruction: closed-form repair: `sequential`, layer after layer on repaired inputs; `gram`, from
             cached statistics of the base; or `none`.
         fine_tune: gradient steps after it.
@@ -246,6 +309,9 @@ class PruningConfig(_Section):
     coefficients: Literal["shared", "per_component"] = "shared"
     coefficients_force: bool = False
     max_ratio: float = Field(0.98, gt=0, lt=1)
+    ranking: Literal["group", "isomorphic"] = "group"
+    round_to: int = Field(1, ge=1)
+    schedule: ScheduleConfig = ScheduleConfig()
     reconstruction: Literal["none", "gram", "sequential"] = "sequential"
     fine_tune: FineTuneConfig = FineTuneConfig()
 
@@ -414,6 +480,15 @@ class ExperimentConfig(_Section):
         if ":" not in self.agent.kind:
             _check_measurements(self.search.objectives or (), self.search.constraints, PERFORMANCES)
         return self
+
+    @property
+    def has_trained_base(self) -> bool:
+        """Whether a base is trained before the first trial.
+
+        Where trials train their own and prune it on the way, none of theirs is ever whole: they are compared
+        with a dense one that is trained once.
+        """
+        return self.base.mode == "shared" or self.pruning.schedule.kind != "one_shot"
 
     @model_validator(mode="after")
     def _room_for_rungs(self) -> ExperimentConfig:

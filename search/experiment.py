@@ -178,18 +178,18 @@ def train_only(checked: CheckedExperiment, progress: Progress) -> tuple[RunDirec
 
 def _run_and_base(checked: CheckedExperiment, progress: Progress) -> tuple[RunDirectory, Base]:
     """The run directory, claimed, and its base."""
-    shared = checked.config.base.mode == "shared"
+    trained = checked.config.has_trained_base
     if not checked.resume and not checked.holds_base_only:
         run = _created(checked)
         with _nothing_left_of(run):
             # Before the base: a search that is killed while that trains begins with the same trials.
             run.write_warm_start(checked.earlier)
-            return run, _train_into(run, checked, progress) if shared else checked.untrained_base()
+            return run, _train_into(run, checked, progress) if trained else checked.untrained_base()
     run = RunDirectory.open(checked.path)
     run.claim()
     write_text(run.experiment, _to_store(checked))
     run.write_warm_start(checked.earlier)
-    if not shared:
+    if not trained:
         return run, checked.untrained_base()
     if (run.base / "metrics.json").is_file():
         return run, load_base(run.base)

@@ -115,7 +115,7 @@ def _possible(name: Name, kind: str, agent: Agent, space: SearchSpace) -> Possib
         for option, bounds in space.options.items()
     }
     widths = {
-        group: kept_count(size, 1.0 - share) if group in space.keeps else size
+        group: kept_count(size, 1.0 - share, space.round_to) if group in space.keeps else size
         for group, size in space.sizes.items()
     }
     model = agent_class(kind)({**agent.options, **options}, widths, agent.data())

@@ -86,6 +86,8 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
         notes.append(f"{checked.path} exists: a search needs another name, with --name.")
     per_trial = config.base.mode == "per_trial"
     settings = replace(checked.trial_settings(), base_mode="shared")
+    if per_trial:  # what is gradual there belongs to the training
+        settings = replace(settings, gradual=None)
     trained = base is not None
     training = TrainingTime(0.0, "already trained") if trained else TrainingTime(None, "not measured")
     measured: MeasuredTrials | None = None

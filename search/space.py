@@ -92,6 +92,7 @@ class SearchSpace:
             serves all groups.
         max_ratio: the largest share of a group that may be removed.
         options: searched option of the agent -> its range.
+        round_to: widths are multiples of it: see `components.mixing.kept_count`.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -101,6 +102,7 @@ class SearchSpace:
     mixtures: tuple[str, ...]
     max_ratio: float
     options: Mapping[str, OptionRange] = field(default_factory=dict)
+    round_to: int = 1
 
     @staticmethod
     def build(
@@ -113,6 +115,7 @@ class SearchSpace:
         force: bool = False,
         shared: Mapping[str, str] | None = None,
         options: Mapping[str, OptionRange] | None = None,
+        round_to: int = 1,
     ) -> SearchSpace:
         """The space of a model's groups.
 
@@ -126,6 +129,7 @@ class SearchSpace:
             shared: group -> key; groups with one key share one kept share, and a group that is not named has
                 its own name for key: `{"q2.0": "q1.0"}` ties the second Q function to the first.
             options: options of the agent to search, by name.
+            round_to: widths are multiples of it; groups that are no wider are not searched.
 
         Raises:
             UserError: no group can be pruned, `shared` names a group that does not exist, or the budget is
@@ -138,10 +142,11 @@ class SearchSpace:
                 raise UserError(
                     f"the model has no pruning group {name!r} to share a ratio: {nearest(name, sizes)}"
                 )
-        keeps = {name: f"keep/{shared.get(name, name)}" for name, size in sizes.items() if size > 1}
+        keeps = {name: f"keep/{shared.get(name, name)}" for name, size in sizes.items() if size > round_to}
         if not keeps:
             raise UserError(
-                f"there is nothing to prune: none of the model's {len(sizes)} groups has two channels"
+                f"there is nothing to prune: none of the model's {len(sizes)} groups has "
+                + ("two channels" if round_to == 1 else f"more than {round_to} channels, pruning.round_to")
             )
         low = 1.0 - max_ratio
         dimensions = [Dimension(name, low, 1.0, log=True) for name in dict.fromkeys(keeps.values())]
@@ -165,7 +170,9 @@ class SearchSpace:
                 f"search.trials of at least {needed}, not {trials}: use more, use 'shared', or set "
                 "pruning.coefficients_force to true"
             )
-        return SearchSpace(tuple(dimensions), tuple(metrics), sizes, keeps, mixtures, max_ratio, options)
+        return SearchSpace(
+            tuple(dimensions), tuple(metrics), sizes, keeps, mixtures, max_ratio, options, round_to
+        )
 
     def to_plan(self, params: Mapping[str, float]) -> PruningPlan:
         """The plan of one point of the space: every group's ratio and the coefficients that params mean.
@@ -244,7 +251,9 @@ class SearchSpace:
 
         Hashable; trials with equal decisions make equal agents but for their seeds.
         """
-        kept = tuple(kept_count(size, plan.ratios.get(group, 0.0)) for group, size in self.sizes.items())
+        kept = tuple(
+            kept_count(size, plan.ratios.get(group, 0.0), self.round_to) for group, size in self.sizes.items()
+        )
         decided = (*kept, *self._chosen(options).values())
         if kept == tuple(self.sizes.values()):
             return decided

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import math
 import platform
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
-from agents.agent import Agent, Objective, Rankable, Student, rung_methods
-from components.mixing import choose
-from components.pruning import kept_indices, slice_state
-from components.reconstruction import reconstruct
+from agents.agent import Agent, Objective, Rankable, rung_methods
 from components.size import component_sizes, parameter_count
-from search.arrays import to_arrays, to_tensors
-from search.base import Base, train_base
+from search.arrays import to_arrays
+from search.base import Base
 from search.determinism import deterministic
 from search.durable_files import one_line
 from search.measurement import LATENCIES, decision_latency, decision_macs
-from search.prepared_base import prepare
-from search.trial_types import RepairedBy, TrialResult, TrialSettings, TrialSpec, timestamp, trial_seed
+from search.pruned_agent import pruned_agent
+from search.stages import Stages
+from search.trial_types import TrialResult, TrialSettings, TrialSpec, timestamp, trial_seed
 from search.usage import Usage
 
 __all__ = ["NonFiniteError", "TrialResult", "TrialSettings", "TrialSpec", "run_trial", "trial_seed"]
-
-
-STAGES = ("train", "score", "mix", "slice", "reconstruct", "fine_tune", "report", "evaluate")
-"""The stages of a trial; `train` only where it trains its own base, `report` waits at rungs."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -87,85 +80,52 @@ def _pipeline(
 ) -> TrialResult:
     """The trial itself: see `run_trial`."""
     settings = spec.pruning
-    if settings.base_mode == "per_trial":
-        stages.enter("train")
-        base = train_base(
-            base.kind,
-            base.options,
-            seed=spec.seed,
-            metrics=settings.metrics,
-            reconstruction=settings.reconstruction,
-            data=to_tensors(base.data),
-            device=device,
-            threads=settings.threads,
+    pruned = pruned_agent(spec, base, device, stages)
+    agent, base, before = pruned.agent, pruned.base, pruned.repaired_by
+
+    def unmeasured() -> TrialResult:
+        parameters = parameter_count(agent.model)
+        return replace(
+            TrialResult.of(spec, "stopped"),
+            parameters=parameters,
+            size_ratio=parameters / base.parameters,
+            macs=decision_macs(agent) if settings.rungs and "macs" in settings.objectives else None,
+            base_performance=dict(base.performance),
+            component_sizes=component_sizes(pruned.graph, agent.model),
+            widths={group: len(channels) for group, channels in pruned.kept().items()},
+            kept={group: tuple(channels.tolist()) for group, channels in pruned.kept().items()},
         )
 
-    stages.enter("score")
-    dense = prepare(base, device)
-
-    stages.enter("mix")
-    keep = choose(dense.graph, dense.scores, spec.plan)
-    widths = {group: int(mask.sum()) for group, mask in keep.items()}
-
-    stages.enter("slice")
-    indices = kept_indices(dense.graph, keep)
-    sliced = {section: slice_state(dense.graph, state, indices) for section, state in dense.states.items()}
-    agent = dense.build(widths, spec.options)
-    agent.load_states(sliced)
-    kept = {group: mask.nonzero().flatten() for group, mask in keep.items()}
-    if isinstance(agent, Student):
-        agent.learn_from(dense.agent, {group: channels.to(device) for group, channels in kept.items()})
-
-    stages.enter("reconstruct")
-    repaired = reconstruct(
-        dense.graph,
-        dense.states["model"],
-        agent.model,
-        keep,
-        method=settings.reconstruction,
-        grams=dense.grams,
-        recording=dense.recording if settings.reconstruction == "sequential" else None,
-        program=dense.program,
-    )
-    agent.load_states({**sliced, "model": repaired})
-
-    parameters = parameter_count(agent.model)
-    unmeasured = replace(
-        TrialResult.of(spec, "stopped"),
-        parameters=parameters,
-        size_ratio=parameters / base.parameters,
-        macs=decision_macs(agent) if settings.rungs and "macs" in settings.objectives else None,
-        base_performance=dict(base.performance),
-        component_sizes=component_sizes(dense.graph, agent.model),
-        widths=widths,
-        kept={group: tuple(channels.tolist()) for group, channels in kept.items()},
-    )
-
     measure = agent.performance
+    repaired = _copied(agent.states()["model"])
     tuned: dict[str, float] = {}
     tuned_state: dict[str, Tensor] = {}
     facts: dict[str, float] = {}
-    course = Course(agent, settings, stages, lambda losses: report(replace(unmeasured, rung_losses=losses)))
+    course = Course(agent, settings, stages, lambda losses: report(replace(unmeasured(), rung_losses=losses)))
     if settings.fine_tune_updates > 0:
         stages.enter("fine_tune")
         try:
-            told = agent.fine_tune(course.method, settings.fine_tune_updates, spec.seed, course) or {}
+            told = pruned.fine_tune(course.method, settings.fine_tune_updates, spec.seed, course) or {}
             stages.updates = settings.fine_tune_updates  # of one that tells no progress, too
             stages.enter("evaluate")
             tuned = dict(agent.evaluate("validation"))
             _require_finite({**told, **tuned})
             facts = {name: float(value) for name, value in told.items()}
-            tuned_state = {name: tensor.clone() for name, tensor in agent.states()["model"].items()}
-        except ArithmeticError:  # it diverged: what reconstruction made is still there
+            tuned_state = _copied(agent.states()["model"])
+        except ArithmeticError:  # it diverged: what was there before is still there
+            if not before:
+                raise
             facts = {"diverged": 1.0}
-        agent.load_states({"model": repaired})
 
     # After fine-tuning, because a trial that is stopped there needs none of it.
     stages.enter("evaluate")
-    performance = agent.evaluate("validation")
-    reached = float(performance[measure.name])
-    rungs = [(0, reached)]
-    repaired_by: RepairedBy = "reconstruction"
+    rungs: list[tuple[int, float]] = []
+    performance, reached, repaired_by = tuned, math.nan, before
+    if before:
+        agent.load_states({"model": repaired})
+        performance = agent.evaluate("validation")
+        reached = float(performance[measure.name])
+        rungs.append((0, reached))
     if settings.fine_tune_updates > 0:
         after = float(tuned.get(measure.name, math.nan))
         rungs.append((settings.fine_tune_updates, after))
@@ -173,15 +133,20 @@ def _pipeline(
             performance, reached, repaired_by = tuned, after, "fine_tuning"
             agent.load_states({"model": tuned_state})
 
+    described = unmeasured()
     decision = decision_macs(agent)
-    measured = {"parameters": float(parameters), "macs": float(decision), measure.name: reached}
+    measured = {
+        "parameters": float(described.parameters or 0),
+        "macs": float(decision),
+        measure.name: reached,
+    }
     if LATENCIES & set(settings.objectives):
         measured.update(decision_latency(agent))
     retention = base.retention(reached)
     _require_finite({**performance, **measured, "retention": retention})
     stages.leave()
     return replace(
-        unmeasured,
+        described,
         status="complete",
         objectives={name: measured[name] for name in settings.objectives},
         macs=decision,
@@ -241,35 +206,8 @@ class Course:
         self._stages.enter("fine_tune")
 
 
-class Stages:
-    """A stopwatch that knows which stage of a trial is under way; a stage entered again goes on.
-
-    Attributes:
-        current: the stage under way.
-        updates: of fine-tuning that were made.
-    """
-
-    def __init__(self) -> None:
-        self.current = "start"
-        self.updates = 0
-        self._seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Stage -> seconds, in the order of `STAGES`, those that were not entered left out."""
-        return {stage: self._seconds[stage] for stage in STAGES if stage in self._seconds}
-
-    def enter(self, stage: str) -> None:
-        """End the current stage and begin another, one of `STAGES`."""
-        self.leave()
-        self.current = stage
-
-    def leave(self) -> None:
-        """End the current stage."""
-        now = time.perf_counter()
-        self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._since
-        self._since = now
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def _as_good(tuned: float, reconstructed: float, measure: Objective) -> bool:

@@ -12,13 +12,30 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from components.mixing import PruningPlan
+from components.mixing import PER_GROUP, PruningPlan, Ranking
+from components.schedule import PruningSchedule
 
 Status = Literal["complete", "stopped", "failed"]
 """Of a trial that is over: measured, given up at a rung of its fine-tuning, or broken."""
 
-RepairedBy = Literal["reconstruction", "fine_tuning", ""]
-"""Which step left the state that a trial returns; empty where there is none."""
+RepairedBy = Literal["reconstruction", "training", "fine_tuning", ""]
+"""Which step left the state that a trial returns; empty where there is none. `training` is one in which the
+agent was pruned step by step."""
+
+
+@dataclass(frozen=True)
+class GradualSettings:
+    """How an agent is pruned step by step while it trains, not at once before.
+
+    Attributes:
+        schedule: in updates of fine-tuning or, where trials train their own base, in steps of that training.
+        smoothing: how much of its old scores a metric keeps at a step, in [0, 1).
+        reconstruction: refit what read the channels that are gone, at every step.
+    """
+
+    schedule: PruningSchedule
+    smoothing: float = 0.5
+    reconstruction: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,9 @@ class TrialSettings:
         objectives: names of what is measured: `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` or
             the agent's performance.
         base_mode: `shared` prunes the base handed in; `per_trial` trains a base inside the trial first.
+        ranking: which channels compete with one another, and which widths are allowed.
+        gradual: prune step by step during fine-tuning or, in `per_trial` mode, during the training from
+            scratch; None prunes at once.
         threads: CPU threads that torch may use; results are bit-reproducible for one thread count.
     """
 
@@ -45,6 +65,8 @@ class TrialSettings:
     fine_tune_updates: int = 150
     rungs: tuple[int, ...] = ()
     base_mode: Literal["shared", "per_trial"] = "shared"
+    ranking: Ranking = PER_GROUP
+    gradual: GradualSettings | None = None
     threads: int = 1
 
 
@@ -138,8 +160,8 @@ class TrialResult:
             that was reached; finite.
         updates: updates of fine-tuning that were made; those of a worker that was lost are not known, and 0.
         fine_tuning: what the agent tells of its fine-tuning, by name.
-        repaired_by: `fine_tuning`, or `reconstruction` where that performs better on validation data or there
-            was no fine-tuning; everything measured is of that state. Empty in a failed trial.
+        repaired_by: `fine_tuning`, or what came before it where that performs better on validation data or
+            there was no fine-tuning; everything measured is of that state. Empty in a failed trial.
         timings: stage -> seconds.
         usage: what the trial took of its worker: `cpu_seconds`; `memory_mb`, the most that the process has
             ever held, in MiB; on a GPU `gpu_memory_mb`, the most that the trial held there.

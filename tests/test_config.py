@@ -21,6 +21,7 @@ from search.config import (
     ExperimentConfig,
     Metric,
     OptionBounds,
+    ScheduleConfig,
     changes,
     load_experiment,
     parse_experiment,
@@ -72,6 +73,9 @@ pruning:
   coefficients: per_component
   coefficients_force: true
   max_ratio: 0.5
+  ranking: isomorphic
+  round_to: 8
+  schedule: {kind: cubic, start: 4, end: 30, interval: 5, smoothing: 0.9, reconstruction: false}
   reconstruction: gram
   fine_tune: {method: distill, updates: 40}
 search:
@@ -596,3 +600,27 @@ def test_rungs_need_updates_of_their_own(updates: int) -> None:
         "mine.yaml: search.early_stopping has 3 rungs, "
         f"for which {updates} updates of fine-tuning are too few"
     )
+
+
+@pytest.mark.parametrize("kind", ["one_shot", "cosine", "cubic"])
+def test_a_schedule_may_be_its_kind_alone(kind: str) -> None:
+    short = load(text=f"agent: {{kind: autoencoder}}\npruning: {{schedule: {kind}}}")
+    long = load(text=f"agent: {{kind: autoencoder}}\npruning: {{schedule: {{kind: {kind}}}}}")
+    assert short == long
+    assert parse_experiment(short.to_yaml()) == short
+    assert short.pruning.schedule.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, (0, 100, 10)),
+        ({"start": 120}, (120, 120, 1)),
+        ({"end": 45, "start": 5, "interval": 7}, (5, 45, 7)),
+    ],
+)
+def test_what_a_schedule_leaves_open_goes_by_the_training(chosen: dict[str, int], expected: tuple) -> None:
+    schedule = ScheduleConfig(kind="cosine", **chosen).over(150, "updates")
+    assert schedule is not None
+    assert (schedule.start, schedule.end, schedule.interval) == expected
+    assert ScheduleConfig(**chosen).over(150, "updates") is None

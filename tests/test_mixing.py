@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,9 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from components.dependency import DependencyGraph
+from components.dependency import DependencyGraph, Group, Member
 from components.errors import UserError
-from components.mixing import PruningPlan, choose, kept_count, mix, normalise, simplex
+from components.mixing import (
+    PruningPlan,
+    Ranking,
+    choose,
+    comparable_groups,
+    kept_count,
+    mix,
+    normalise,
+    simplex,
+)
+
+ISOMORPHIC = Ranking("isomorphic")
 
 GRAPH = DependencyGraph(
     (
@@ -258,3 +271,71 @@ def test_plan_refuses_what_makes_no_sense(coefficients: dict, ratios: dict, mess
 def test_text_that_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="pruning plan"):
         PruningPlan.from_json(text)
+
+
+@given(st.integers(1, 300), st.floats(0, 0.99), st.integers(1, 32))
+def test_rounded_widths_are_the_nearest_that_are_allowed(size, ratio, round_to):
+    allowed = {*range(round_to, size, round_to), size} if round_to > 1 else set(range(1, size + 1))
+    wanted = (1.0 - ratio) * size
+    distance = min(abs(width - wanted) for width in allowed)
+    found = kept_count(size, ratio, round_to)
+    assert found in allowed
+    assert abs(found - wanted) == pytest.approx(distance)
+
+
+def alike(names: dict[str, int], coupling: frozenset[str] = frozenset()) -> DependencyGraph:
+    """Groups of one build each: a linear layer makes them and the next reads them."""
+    groups = tuple(
+        Group(
+            name,
+            frozenset({"a", "b"}) if name in coupling else frozenset({"a"}),
+            size,
+            (
+                Member(f"{name}.weight", 0, torch.arange(size).unsqueeze(1), False),
+                Member(f"next.{name}.weight", 1, torch.arange(size).unsqueeze(1), True),
+            ),
+        )
+        for name, size in names.items()
+    )
+    return DependencyGraph(groups, {"a": ("",)}, {})
+
+
+def test_groups_that_are_built_alike_are_comparable():
+    graph = alike({"x": 4, "y": 6, "z": 5}, coupling=frozenset({"z"}))
+    assert comparable_groups(graph.groups) == {"x": "x", "y": "x", "z": "z"}
+    with_norm = replace(
+        graph.groups[1],
+        members=(*graph.groups[1].members, Member("n.bias", 0, torch.arange(6).unsqueeze(1), False)),
+    )
+    assert comparable_groups([graph.groups[0], with_norm]) == {"x": "x", "y": "y"}
+
+
+@given(st.data())
+def test_isomorphic_ranking_keeps_the_best_of_all_that_compete(data):
+    sizes = {"x": data.draw(st.integers(1, 6)), "y": data.draw(st.integers(1, 6))}
+    total = sum(sizes.values())
+    values = data.draw(st.permutations([1.0 + i for i in range(total)]))
+    scores = {"x": torch.tensor(values[: sizes["x"]]), "y": torch.tensor(values[sizes["x"] :])}
+    ratio = data.draw(st.floats(0, 0.95))
+    keep = choose(
+        alike(sizes), {"l2": scores}, PruningPlan({"l2": 1.0}, dict.fromkeys(sizes, ratio)), ISOMORPHIC
+    )
+    count = sum(kept_count(size, ratio) for size in sizes.values())
+    # By brute force: of all ways to keep so many, one at least in each group, that of the highest sum.
+    best = max(
+        (
+            chosen
+            for chosen in itertools.combinations(range(total), count)
+            if any(i < sizes["x"] for i in chosen) and any(i >= sizes["x"] for i in chosen)
+        ),
+        key=lambda chosen: sum(values[i] for i in chosen),
+    )
+    found = torch.cat([keep["x"], keep["y"]]).nonzero().flatten().tolist()
+    assert found == list(best)
+
+
+def test_isomorphic_ranking_takes_from_the_group_that_matters_less():
+    graph = alike({"x": 4, "y": 4, "z": 4}, coupling=frozenset({"z"}))
+    scores = {"l2": {"x": torch.full((4,), 9.0), "y": torch.full((4,), 1.0), "z": torch.arange(4.0)}}
+    keep = choose(graph, scores, PruningPlan({"l2": 1.0}, dict.fromkeys("xyz", 0.5)), ISOMORPHIC)
+    assert {name: int(mask.sum()) for name, mask in keep.items()} == {"x": 3, "y": 1, "z": 2}

@@ -15,6 +15,7 @@ from torch.nn.modules import module as module_hooks
 
 import components
 from components import DependencyGraph, Group, Member, UnsupportedOperatorError, UserError
+from components.pruning import restricted
 
 TOLERANCE = 1e-12
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -118,6 +119,38 @@ def test_finds_exactly_the_expected_groups(family: Family) -> None:
         name: tensor.shape
         for name, tensor in family.model().state_dict().items()
         if name not in (graph.aliases or {})
+    }
+
+
+@every_family
+@pytest.mark.parametrize("seed", range(3))
+def test_the_graph_without_some_channels_is_that_of_the_narrower_model(family: Family, seed: int) -> None:
+    graph = graph_of(family)
+    noise = torch.Generator().manual_seed(seed)
+    keep = {
+        name: torch.randperm(size, generator=noise) < max(2, round(0.4 * size))
+        for name, size in family.widths.items()
+    }
+    narrow = family.model({name: int(mask.sum()) for name, mask in keep.items()})
+    traced = components.trace(narrow, program, components=family.components, ties=family.ties)
+    found = restricted(graph, keep)
+    assert found.widths == traced.widths
+    assert found.shapes == traced.shapes
+    assert found.consumers == traced.consumers
+    for ours, theirs in zip(found.groups, traced.groups, strict=True):
+        assert ours.components == theirs.components
+        assert slices_of(ours) == slices_of(theirs)
+
+
+def slices_of(group: Group) -> set[frozenset[tuple[str, int, int, bool]]]:
+    """What every channel owns, in whatever order channels come."""
+    return {
+        frozenset(
+            (member.parameter, member.axis, int(index), member.consumes)
+            for member in group.members
+            for index in member.indices[channel]
+        )
+        for channel in range(group.size)
     }
 
 

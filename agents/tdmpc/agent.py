@@ -13,6 +13,7 @@ from agents.agent import UNTRACKED, Objective, Progress, Rehearsal, Split, Track
 from agents.environments import EnvironmentSpec
 from agents.lockstep import Trajectory
 from agents.options import parse_options
+from agents.shrinking import take_layers
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.distillation import Distillation, Lessons, Sequences, draw_sequences, label
 from agents.tdmpc.episodes import Act, Episodes, Returns, episode_seeds, episodes_of
@@ -44,6 +45,7 @@ class TDMPC:
     performance: ClassVar[Objective] = Objective("return", "maximize", "reward per episode")
     fine_tune_methods: ClassVar[tuple[str, ...]] = ("distill", "td", "distill_td")
     rung_methods: ClassVar[tuple[str, ...]] = ("distill", "distill_td")
+    taught_methods: ClassVar[tuple[str, ...]] = ("distill", "distill_td")
     searchable_options: ClassVar[tuple[str, ...]] = ("samples", "iterations", "horizon")
     components: Mapping[str, Sequence[str]] = {
         name: (name,) for name in ("encoder", "dynamics", "reward", "q1", "q2", "policy")
@@ -69,7 +71,10 @@ class TDMPC:
         self._planner: tuple[tuple[int, ...], Planner] | None = None
         self._base: TDMPC | None = None
         self._kept_latent: Tensor | None = None
+        # Under way, all of them:
+        self._training: Training | None = None
         self._distilling: Distillation | None = None
+        self._learning: Learner | None = None
 
     # --- the model and its data --------------------------------------------------------------------------
 
@@ -119,18 +124,27 @@ class TDMPC:
         Before the training both are random: enough to trace with.
         """
         generator = torch.Generator().manual_seed(seed)
-        if not self._has_experience:
+        if self._training is None and not self._has_experience:
             examples = self.data()["examples"]
             picked = examples[torch.arange(rows, device=examples.device) % len(examples)]
             actions = 2 * torch.rand(rows, self.spec.action_size, generator=generator) - 1
             return {"observations": picked, "actions": actions.to(self.device)}
-        sequences = draw_sequences(self._replay, rows, 1, generator)
+        replay = self._replay if self._training is None else self._training.buffer
+        sequences = draw_sequences(replay, rows, 1, generator)
         return {"observations": sequences.observations, "actions": sequences.actions[0]}
 
     def states(self) -> dict[str, dict[str, Tensor]]:
-        """`model` and, once trained, `target`, `adam_mean` and `adam_square`."""
+        """`model` and, once trained, `target`, `adam_mean` and `adam_square`.
+
+        While it is distilled, `distillation_mean` and `distillation_square` as well: moments of another Adam.
+        """
         sections: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict()}
-        if self._target is not None and self._moments is not None:
+        learner = self._training.learner if self._training is not None else self._learning
+        if self._distilling is not None:
+            sections |= self._distilling.moments()
+        if learner is not None:
+            sections |= {"target": learner.target, **learner.moments()}
+        elif self._target is not None and self._moments is not None:
             sections |= {"target": self._target, **self._moments}
         return {
             section: {name: tensor.detach().clone() for name, tensor in state.items()}
@@ -160,14 +174,22 @@ class TDMPC:
 
     # --- learning ----------------------------------------------------------------------------------------
 
+    @property
+    def training_steps(self) -> int:
+        """Environment steps of the training."""
+        return self._options.steps
+
     def train(self, seed: int, tracker: Tracker | None, progress: Progress) -> None:
         """Play and learn for `steps` environment steps, from new random weights."""
-        training = self.start_training(seed)
-        while not training.done:
-            training.run_episode(tracker or UNTRACKED)
-            steps = training.decisions * self.spec.action_repeat
-            note = f"return {training.latest_return:.1f}"
-            progress(min(steps, self._options.steps), self._options.steps, note)
+        training = self._training = self.start_training(seed)
+        try:
+            while not training.done:
+                training.run_episode(tracker or UNTRACKED)
+                steps = training.decisions * self.spec.action_repeat
+                note = f"return {training.latest_return:.1f}"
+                progress(min(steps, self._options.steps), self._options.steps, note)
+        finally:
+            self._training = None
         self.finish_training(training)
 
     @property
@@ -203,7 +225,32 @@ class TDMPC:
             raise UserError(f"a TD-MPC agent cannot learn from a {type(base).__name__}")
         self._base, self._kept_latent = base, kept["latent"]
 
-    def fine_tune(self, method: str, updates: int, seed: int, progress: Progress) -> dict[str, float]:
+    def shrink(self, kept: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on with fewer channels, target and moments included; of the base's latents those are learnt."""
+        self.widths = {
+            group: len(kept[group]) if group in kept else size for group, size in self.widths.items()
+        }
+        take_layers(self.model, self._new_model(seed=0), states["model"])
+        self._planner = None
+        self.__dict__.pop("lessons", None)
+        latent = kept.get("latent", torch.arange(self.widths["latent"], device=self.device))
+        if self._kept_latent is not None:
+            self._kept_latent = self._kept_latent[latent]
+        if self._training is not None:
+            self._training.shrink(states, self._precision)
+        if self._distilling is not None:
+            self._distilling.shrink(latent, states)
+        if self._learning is not None:
+            self._learning = Learner(
+                _world(self.model), self._options, target=states["target"], moments=states, adam_steps=None
+            )
+        elif "target" in states:
+            self._target = dict(states["target"])
+            self._moments = {name: dict(states[name]) for name in ("adam_mean", "adam_square")}
+
+    def fine_tune(
+        self, method: str, updates: int, seed: int, progress: Progress, tracker: Tracker | None = None
+    ) -> dict[str, float]:
         """Train on from the present weights.
 
         Args:
@@ -212,6 +259,7 @@ class TDMPC:
             updates: gradient updates of each.
             seed: of everything random.
             progress: is told how far it is, after every update.
+            tracker: is told of all backward passes: `distillation`, and `model` and `policy` of `td`.
 
         Returns:
             `on_policy_episodes` and `environment_steps` that it took, and the `held_out_loss` of the
@@ -229,8 +277,9 @@ class TDMPC:
         if updates == 0:
             return facts
         self.__dict__.pop("lessons", None)  # those of the weights so far
+        tracker = tracker or UNTRACKED
         distillation = self._distillation(updates, seed) if method != "td" else None
-        learner = self._learner() if method != "distill" else None
+        self._learning = self._learner() if method != "distill" else None
         if distillation is not None:
             facts["held_out_loss_before"] = distillation.held_out_loss()
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -241,13 +290,14 @@ class TDMPC:
                 if distillation is not None:
                     if step == updates // 3 and self._options.on_policy_episodes:
                         facts |= self._visit(distillation, seed)
-                    loss = distillation.step()
-                if learner is not None:
-                    loss = self._td_update(learner, step, generator)
+                    loss = distillation.step(tracker)
+                if self._learning is not None:
+                    loss = self._td_update(self._learning, step, generator, tracker)
                 if (step + 1) % 50 == 0 or step + 1 == updates:
                     note = f"loss {float(loss):.4g}"  # reading a loss waits for the device
                 progress(step + 1, updates, note)
         finally:
+            learner, self._learning = self._learning, None
             self._distilling = None
             self.model.eval()
             self.model.zero_grad(set_to_none=True)
@@ -322,7 +372,9 @@ class TDMPC:
         """Its target begins at the present weights: that of the base was sliced, and nothing repaired it."""
         return Learner(_world(self.model), self._options, moments=self._moments, adam_steps=None)
 
-    def _td_update(self, learner: Learner, number: int, generator: torch.Generator) -> Tensor:
+    def _td_update(
+        self, learner: Learner, number: int, generator: torch.Generator, tracker: Tracker
+    ) -> Tensor:
         chosen = self._options
         batch = self._replay.sample(
             chosen.batch_size,
@@ -332,7 +384,7 @@ class TDMPC:
             importance_exponent=0.0,
         )
         noise = UpdateNoise.draw(batch, generator, image_side(chosen))
-        return learner.update(batch, noise, number).value
+        return learner.update(batch, noise, number, tracker).value
 
     # --- measuring and acting ----------------------------------------------------------------------------
 

@@ -7,14 +7,15 @@ Every term is divided by the variance of its target: raw, they differ by four or
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from agents.adam import half_cosine
+from agents.adam import half_cosine, moments_of, set_moments
+from agents.agent import UNTRACKED, Tracker
 from agents.tdmpc.replay_buffer import ReplayBuffer
 from agents.tdmpc.world_model import WorldModel
 from components.errors import UserError
@@ -157,7 +158,7 @@ class Distillation:
         self._kept = kept
         self._updates, self._batch_size, self._rate = updates, batch_size, learning_rate
         self._generator = torch.Generator().manual_seed(seed)
-        self._optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate, betas=BETAS, fused=True)
+        self._optimizer = self._new_optimizer()
         count = lessons.sequences.actions.shape[1]
         is_held_out = torch.arange(count) // 2 % HELD_OUT == HELD_OUT - 1  # pairs: one random, one played
         if bool(is_held_out.all()) or not bool(is_held_out.any()):
@@ -165,12 +166,9 @@ class Distillation:
         self._taught = (~is_held_out).nonzero().flatten()
         self._examined = is_held_out.nonzero().flatten()
         self._visited = torch.empty(0, dtype=torch.int64)
-        targets = lessons.targets.coordinates(kept)
-        self._variances = tuple(
-            float(t.flatten(0, 1).var(dim=0, correction=0).sum()) or 1.0
-            for t in (targets.latents, targets.rewards.unsqueeze(2), targets.q1.unsqueeze(2), targets.policy)
-        )
-        self._sequences, self._targets = lessons.sequences, targets
+        self._sequences, self._targets = lessons.sequences, lessons.targets.coordinates(kept)
+        self._drawn = count
+        self._variances = self._variances_of_targets()
         self._done = 0
 
     def add_visited(self, lessons: Lessons) -> None:
@@ -181,13 +179,34 @@ class Distillation:
         self._sequences, self._targets = together.sequences, together.targets
         self._visited = torch.arange(before, before + lessons.sequences.actions.shape[1])
 
-    def step(self) -> Tensor:
+    def shrink(self, kept: Tensor, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on with a student that has lost channels.
+
+        Args:
+            kept: indices of its latent coordinates so far that stay.
+            states: of the narrower student, with `distillation_mean` and `distillation_square`.
+        """
+        self._kept = self._kept[kept]
+        self._targets = self._targets.coordinates(kept)
+        self._variances = self._variances_of_targets()
+        self._optimizer = self._new_optimizer()
+        mean, square = states["distillation_mean"], states["distillation_square"]
+        set_moments([self._optimizer], dict(self._student.named_parameters()), mean, square, self._done)
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """Adam's moments by parameter name, as sections of a state; copies."""
+        mean, square = moments_of([self._optimizer], dict(self._student.named_parameters()))
+        return {"distillation_mean": mean, "distillation_square": square}
+
+    def step(self, tracker: Tracker = UNTRACKED) -> Tensor:
         """One update; returns the loss, the sum of the four normalised terms."""
         self._optimizer.param_groups[0]["lr"] = half_cosine(self._rate, self._done, self._updates)
         chosen = self._pick()
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(chosen)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with tracker.capture("distillation"):
+            loss = self._loss(chosen)
+            loss.backward()  # type: ignore[no-untyped-call]
+        tracker.update("distillation")
         nn.utils.clip_grad_norm_(self._student.parameters(), 10.0)
         self._optimizer.step()
         increment_version(list(self._student.parameters()))  # fused Adam does not
@@ -198,6 +217,17 @@ class Distillation:
     def held_out_loss(self) -> float:
         """The loss on the sequences that are held out; lower is better, 0 is the base itself."""
         return float(self._loss(self._examined))
+
+    def _new_optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self._student.parameters(), lr=self._rate, betas=BETAS, fused=True)
+
+    def _variances_of_targets(self) -> tuple[float, ...]:
+        """Of latents, rewards, Q values and policy, over all sequences but those that the student visited."""
+        targets = self._targets.rows(torch.arange(self._drawn, device=self._targets.rewards.device))
+        return tuple(
+            float(t.flatten(0, 1).var(dim=0, correction=0).sum()) or 1.0
+            for t in (targets.latents, targets.rewards.unsqueeze(2), targets.q1.unsqueeze(2), targets.policy)
+        )
 
     def _pick(self) -> Tensor:
         visited = round(self._batch_size * ON_POLICY_SHARE) if len(self._visited) else 0

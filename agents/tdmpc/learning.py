@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.functional import mse_loss
 
-from agents.adam import WARM_STEPS
+from agents.adam import moments_of, set_moments
 from agents.agent import UNTRACKED, Tracker
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.replay_buffer import Batch
@@ -106,41 +106,18 @@ class Learner:
             for parameters in (self._model_parameters, self._policy_parameters)
         ]
         if moments:
-            self._load_moments(named, moments, adam_steps)
+            mean, square = moments["adam_mean"], moments["adam_square"]
+            set_moments(self._optimizers, named, mean, square, adam_steps)
         self._weights = torch.tensor(
             [options.rho**t for t in range(options.horizon + 1)],
             dtype=self._policy_parameters[0].dtype,
             device=self._policy_parameters[0].device,
         ).unsqueeze(1)
 
-    def _load_moments(
-        self,
-        named: Mapping[str, nn.Parameter],
-        moments: Mapping[str, Mapping[str, Tensor]],
-        steps: int | None,
-    ) -> None:
-        warm = any(bool(moment.any()) for moment in moments["adam_square"].values())
-        taken = float(steps) if steps is not None else (WARM_STEPS if warm else 0.0)
-        mine = {
-            id(p): optimizer for optimizer in self._optimizers for p in optimizer.param_groups[0]["params"]
-        }
-        for name, parameter in named.items():
-            mine[id(parameter)].state[parameter] = {
-                "step": torch.tensor(taken, device=parameter.device),
-                "exp_avg": moments["adam_mean"][name].to(parameter.device, copy=True),
-                "exp_avg_sq": moments["adam_square"][name].to(parameter.device, copy=True),
-            }
-
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """`adam_mean` and `adam_square` by parameter name; copies."""
-        state = {id(p): s for optimizer in self._optimizers for p, s in optimizer.state.items()}
-        return {
-            section: {
-                name: state[id(p)][key].clone() if id(p) in state else torch.zeros_like(p.data)
-                for name, p in self.model.named_parameters()
-            }
-            for section, key in (("adam_mean", "exp_avg"), ("adam_square", "exp_avg_sq"))
-        }
+        mean, square = moments_of(self._optimizers, dict(self.model.named_parameters()))
+        return {"adam_mean": mean, "adam_square": square}
 
     def update(self, batch: Batch, noise: UpdateNoise, number: int, tracker: Tracker = UNTRACKED) -> Losses:
         """One step of the world model, one of the policy, and the target's move every `target_every` updates.

@@ -107,6 +107,23 @@ class Training:
         finally:
             self.model.eval()
 
+    def shrink(self, states: Mapping[str, Mapping[str, Tensor]], precision: torch.dtype | None) -> None:
+        """Go on, between two episodes, with a model that has lost channels.
+
+        Args:
+            states: `target`, `adam_mean` and `adam_square` of the narrower model.
+            precision: as in `Training`, for its widths.
+        """
+        self._precision = precision
+        self.learner = Learner(
+            self.model,
+            self._options,
+            target=states["target"],
+            moments=states,
+            adam_steps=self.updates,
+            precision=precision,
+        )
+
     def evaluate(self, seeds: Sequence[int]) -> Returns:
         """Episodes without exploration, planned as the schedules have it now; changes nothing."""
         planner = Planner(self.model, planner_settings(self._options, self.decisions), self._precision)

@@ -1,0 +1,21 @@
+"""Take channels from a model that is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+def take_layers(model: nn.Module, narrower: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model the layers of a narrower one of its class, with a state: it stays the same object.
+
+    Args:
+        model: gets the layers; keeps its mode, and has new parameters afterwards.
+        narrower: built from smaller widths; not to be used any more.
+        state: of the narrower model.
+    """
+    for name, layer in narrower.named_children():
+        setattr(model, name, layer)
+    model.load_state_dict(dict(state))
+    model.train(model.training)

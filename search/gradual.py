@@ -1,0 +1,224 @@
+"""Prune an agent step by step while it trains, not at once before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from agents.agent import UNTRACKED, Agent, Progress, Shrinkable, Tracker, calibration_program
+from components import DependencyGraph, importance
+from components.calibration import Program, record
+from components.dependency import Keep, Scores
+from components.mixing import PruningPlan, Ranking, choose, kept_count, normalise
+from components.pruning import kept_indices, restricted, slice_state
+from components.reconstruction import Method, reconstruct
+from components.tracker import ImportanceTracker
+from search.base import CALIBRATION_ROWS
+from search.stages import Stages
+from search.trial_types import GradualSettings
+
+TRACKED_STEPS = 4
+"""How many updates between two prunings are tracked; of a schedule that counts something else, as many."""
+
+DECAY = 0.9
+"""Of the tracker's averages, per tracked update: shorter than a base's, because a shrinking model changes."""
+
+
+class GradualPruning:
+    """Takes channels from an agent while that is trained or fine-tuned; called as its `progress`.
+
+    At every step of the schedule the channels are scored anew, each metric smoothed with what it said before,
+    the lowest are cut from the model and all that mirrors it, and what read them is refitted if wanted. At
+    the end every group is as wide as the plan says.
+
+    Args:
+        agent: dense; shrinks.
+        graph: of its model.
+        plan: what is left at the end, and how scores are mixed.
+        settings: the schedule, and what happens at its steps.
+        ranking: as in `components.choose`.
+        reconstruction: how what read a channel is refitted; `none` where `settings` say so.
+        seed: of calibration data, and of scores that are random.
+        stages: gets the time.
+        scores: to begin with, by metric; None where there are none yet.
+
+    Attributes:
+        agent: as given.
+        kept: group -> indices of the dense channels that are left, ascending.
+        tracker: to be told of the updates; of the agent's present model.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        graph: DependencyGraph,
+        plan: PruningPlan,
+        settings: GradualSettings,
+        *,
+        ranking: Ranking,
+        reconstruction: Method,
+        seed: int,
+        stages: Stages,
+        scores: Mapping[str, Scores] | None = None,
+    ) -> None:
+        if not isinstance(agent, Shrinkable):
+            raise TypeError(
+                f"{type(agent).__name__} cannot lose channels while it trains: it is not Shrinkable"
+            )
+        self.agent: Agent = agent
+        self._shrink = agent.shrink
+        self.kept = {name: torch.arange(size) for name, size in graph.widths.items()}
+        self._dense_widths = graph.widths
+        self._graph = graph
+        self._plan = plan
+        self._schedule, self._smoothing = settings.schedule, settings.smoothing
+        self._ranking = ranking
+        self._reconstruction: Method = reconstruction if settings.reconstruction else "none"
+        self._seed = seed
+        self._stages = stages
+        self._metrics = _weighted_metrics(plan, graph)
+        self._scores = {metric: dict(scores[metric]) for metric in self._metrics} if scores else {}
+        self._reached = 0.0
+        self._tracker: ImportanceTracker | None = None
+        if any(importance.METRICS[metric].needs == "statistics" for metric in self._metrics):
+            every = max(1, self._schedule.interval // TRACKED_STEPS)
+            self._tracker = ImportanceTracker(graph, agent.model, decay=DECAY, every=every, snapshots=1)
+
+    @property
+    def tracker(self) -> Tracker:
+        """What the agent tells of its updates; nobody, where no metric asks for that."""
+        return self._tracker or UNTRACKED
+
+    @property
+    def finished(self) -> bool:
+        """Whether all is gone that the plan removes."""
+        return self._reached == 1.0
+
+    def require_finished(self) -> None:
+        """Raise where the training was over before everything was pruned.
+
+        Raises:
+            RuntimeError: the agent did not tell its progress up to the end of the schedule.
+        """
+        if not self.finished:
+            raise RuntimeError(
+                f"the training ended before the schedule did, at {self._schedule.end} steps: "
+                f"{type(self.agent).__name__} tells too little of its progress"
+            )
+
+    def during(self, progress: Progress) -> Progress:
+        """A progress that prunes whenever that is due, and then tells another."""
+
+        def prune_and_tell(done: int, total: int, note: str) -> None:
+            self.prune(done)
+            progress(done, total, note)
+
+        return prune_and_tell
+
+    def prune(self, done: int) -> None:
+        """Remove what has to be gone after so many steps of the training."""
+        due = self._schedule.share(done)
+        if due <= self._reached:
+            return
+        counts = {
+            name: kept_count(size, self._plan.ratios.get(name, 0.0) * due, self._ranking.round_to)
+            for name, size in self._dense_widths.items()
+        }
+        if sum(counts.values()) < sum(self._graph.widths.values()):
+            if not self._ready(done):
+                return
+            stage = self._stages.current
+            self._stages.enter("score")
+            self._score()
+            self._stages.enter("mix")
+            keep = choose(self._graph, self._scores, self._plan, self._ranking, counts)
+            self._cut(keep)
+            self._stages.enter(stage)
+        self._reached = due
+
+    def _ready(self, done: int) -> bool:
+        """Whether there is something to score by; before the end that may be waited for."""
+        seen = self._tracker is None or self._tracker.steps > 0
+        return seen or bool(self._scores) or done >= self._schedule.end
+
+    def _score(self) -> None:
+        """Score the present channels, and smooth that with what was said of them before."""
+        agent = self.agent
+        tracked = self._tracker is not None and self._tracker.steps > 0
+        statistics = self._tracker.statistics() if self._tracker is not None and tracked else None
+        state = {name: tensor.detach() for name, tensor in agent.model.state_dict().items()}
+        grams = None
+        if any(importance.METRICS[metric].needs == "grams" for metric in self._metrics):
+            grams = record(self._graph, agent.model, self._program()).grams
+        for metric in self._metrics:
+            if importance.METRICS[metric].needs == "statistics" and statistics is None and self._scores:
+                continue
+            fresh = importance.score(
+                metric, self._graph, state=state, statistics=statistics, grams=grams, seed=self._seed
+            )
+            before = self._scores.get(metric)
+            self._scores[metric] = fresh if before is None else self._smoothed(before, fresh)
+
+    def _smoothed(self, before: Scores, fresh: Scores) -> Scores:
+        return {
+            group: torch.lerp(normalise(scores.cpu()), normalise(before[group].cpu()), self._smoothing)
+            for group, scores in fresh.items()
+        }
+
+    def _cut(self, keep: Keep) -> None:
+        """Cut the agent, the tracker and the scores, and refit what read the channels that are gone."""
+        agent, graph = self.agent, self._graph
+        self._stages.enter("slice")
+        indices = kept_indices(graph, keep)
+        states = {section: slice_state(graph, state, indices) for section, state in agent.states().items()}
+        if self._reconstruction != "none":
+            self._stages.enter("reconstruct")
+            states["model"] = self._repaired(keep, states["model"])
+            self._stages.enter("slice")
+        device = next(agent.model.parameters()).device
+        kept = {name: mask.cpu().nonzero().flatten() for name, mask in keep.items()}
+        self._shrink({name: channels.to(device) for name, channels in kept.items()}, states)
+        self._graph = restricted(graph, keep)
+        if self._tracker is not None:
+            self._tracker.shrink(self._graph, agent.model, keep)
+        self.kept = {name: self.kept[name][channels] for name, channels in kept.items()}
+        self._scores = {
+            metric: {group: scores[kept[group].to(scores.device)] for group, scores in by_group.items()}
+            for metric, by_group in self._scores.items()
+        }
+
+    def _repaired(self, keep: Keep, sliced: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        agent, program = self.agent, self._program()
+        recording = record(self._graph, agent.model, program, with_grams=self._reconstruction == "gram")
+        widths = {
+            name: int(keep[name].sum()) if name in keep else size for name, size in agent.widths.items()
+        }
+        device = next(agent.model.parameters()).device
+        narrower = type(agent)(agent.options, widths, agent.data(), str(device))
+        narrower.load_states({"model": sliced})
+        return reconstruct(
+            self._graph,
+            agent.model.state_dict(),
+            narrower.model,
+            keep,
+            method=self._reconstruction,
+            grams=recording.grams if self._reconstruction == "gram" else None,
+            recording=recording if self._reconstruction == "sequential" else None,
+            program=program,
+        )
+
+    def _program(self) -> Program:
+        """What reconstruction and Gram matrices run: the agent's calls, on what it has seen so far."""
+        calls = calibration_program(self.agent)
+        inputs = self.agent.calibration_inputs(CALIBRATION_ROWS, self._seed)
+        return lambda model: calls(model, inputs)
+
+
+def _weighted_metrics(plan: PruningPlan, graph: DependencyGraph) -> tuple[str, ...]:
+    """The metrics that a plan gives weight to in any group, in its order."""
+    found: dict[str, None] = {}
+    for group in graph.groups:
+        found |= {metric: None for metric, weight in plan.coefficients_of(group).items() if weight > 0}
+    return tuple(found)
