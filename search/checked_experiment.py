@@ -90,6 +90,7 @@ class CheckedExperiment:
             fine_tune_updates=pruning.fine_tune.updates,
             rungs=early_stopping.rungs_of(pruning.fine_tune.updates) if early_stopping else (),
             base_mode=self.config.base.mode,
+            tracking=self.config.base.importance.tracking,
             threads=self.threads,
         )
 
@@ -111,6 +112,7 @@ class CheckedExperiment:
             seed=self.config.base.seed,
             metrics=self.config.pruning.metrics,
             reconstruction=self.config.pruning.reconstruction,
+            tracking=self.config.base.importance.tracking,
             data=self.agent.data(),
             device=self.device,
             threads=self.threads,

@@ -95,6 +95,7 @@ def _pipeline(
             seed=spec.seed,
             metrics=settings.metrics,
             reconstruction=settings.reconstruction,
+            tracking=settings.tracking,
             data=to_tensors(base.data),
             device=device,
             threads=settings.threads,

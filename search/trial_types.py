@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from components.mixing import PruningPlan
+from components.tracker import USUAL, Tracking
 
 Status = Literal["complete", "stopped", "failed"]
 """Of a trial that is over: measured, given up at a rung of its fine-tuning, or broken."""
@@ -35,6 +36,7 @@ class TrialSettings:
         objectives: names of what is measured: `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` or
             the agent's performance.
         base_mode: `shared` prunes the base handed in; `per_trial` trains a base inside the trial first.
+        tracking: how closely importance is followed by a trial that trains its own base.
         threads: CPU threads that torch may use; results are bit-reproducible for one thread count.
     """
 
@@ -45,6 +47,7 @@ class TrialSettings:
     fine_tune_updates: int = 150
     rungs: tuple[int, ...] = ()
     base_mode: Literal["shared", "per_trial"] = "shared"
+    tracking: Tracking = USUAL
     threads: int = 1
 
 
