@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ DECAY = 0.99
 SNAPSHOTS = 20
 """About how many snapshots of the scores are kept by default."""
 
+FIRST_INTERVAL = 8.0
+"""Tracked steps between two snapshots at first, where the length of the training is not known: a snapshot
+costs an autoencoder as much as two training steps, and those that are thinned out later cost it too."""
+
 TAIL_POWER = 3
 """The mean and variance of the weights give step t a weight of about t^3: 94 % of it is in the last half."""
 
@@ -43,7 +47,8 @@ class Tracking:
     Attributes:
         every: track every so-many-th step of each loss; >= 1.
         decay: of the running averages, per tracked step; in [0, 1).
-        snapshots: about how many snapshots of the scores to keep, evenly spread over the training; >= 1.
+        snapshots: about how many snapshots of the scores to keep, evenly spread over the training; >= 1. A
+            training of fewer than 8 · `every` · `snapshots` steps leaves fewer.
         interval: training steps from one snapshot to the next, all of which are kept; >= 1. None spreads
             `snapshots` of them.
     """
@@ -209,7 +214,7 @@ class ImportanceTracker:
         self._decay = decay
         self._every = every
         self._most = math.inf if interval is not None else 2 * snapshots
-        spread = 2.0 * every if total_steps is None else total_steps / snapshots
+        spread = FIRST_INTERVAL * every if total_steps is None else total_steps / snapshots
         self._interval = spread if interval is None else float(interval)
         self._updates: dict[str, int] = {}
         self._mean_square: dict[str, _Average] = {}
@@ -268,16 +273,31 @@ class ImportanceTracker:
             raise MissingStatisticsError(
                 "the tracker has seen no gradients: call update() after each backward pass"
             )
+        now = self._now()
+
+        def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.clone() for name, tensor in tensors.items()}
+
+        return replace(
+            now,
+            weight=copied(now.weight),
+            mean=copied(now.mean),
+            variance=copied(now.variance),
+            activity=copied(now.activity),
+        )
+
+    def _now(self) -> GradientStatistics:
+        """The statistics, some of them the tracker's and the model's own tensors: to be read at once."""
         records = self._records
         unbias = {name: 1.0 / (1.0 - self._decay**r.count) if r.count else 0.0 for name, r in records.items()}
         return GradientStatistics(
             gradient={name: record.gradient * unbias[name] for name, record in records.items()},
             taylor={name: record.taylor * unbias[name] for name, record in records.items()},
             square={name: record.square * unbias[name] for name, record in records.items()},
-            weight={name: p.detach().clone() for name, p in self._parameters.items()},
-            mean={name: record.mean.clone() for name, record in records.items()},
-            variance={name: record.variance.clone() for name, record in records.items()},
-            activity={name: record.activity.clone() for name, record in records.items()},
+            weight={name: p.detach() for name, p in self._parameters.items()},
+            mean={name: record.mean for name, record in records.items()},
+            variance={name: record.variance for name, record in records.items()},
+            activity={name: record.activity for name, record in records.items()},
             gates={name: gate.value for name, gate in self._gates.items()},
             steps=self.steps,
         )
@@ -311,7 +331,7 @@ class ImportanceTracker:
         return (last // self._interval + 1) * self._interval
 
     def _scores(self) -> dict[str, Mapping[str, Tensor]]:
-        statistics = self.statistics()
+        statistics = self._now()
         metrics = {name: m for name, m in importance.METRICS.items() if m.needs == "statistics"}
         if any(group.name not in statistics.gates for group in self._graph.groups):
             del metrics["gate_fisher"]

@@ -212,7 +212,8 @@ class ImportanceConfig(_Section):
             training, and an autoencoder a quarter.
         decay: of the running averages, per tracked step, in [0, 1): they remember about
             `every` / (1 - `decay`) steps. What is gathered at the end is what trials prune by.
-        snapshots: about how many of the scores to keep over the training, >= 1: up to twice as many.
+        snapshots: about how many of the scores to keep over the training, >= 1: up to twice as many, and
+            fewer of a training that is shorter than 8 · `every` · `snapshots` steps.
         interval: steps from one snapshot to the next, >= 1, from the first to the last step; null spreads
             `snapshots` of them.
     """

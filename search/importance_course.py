@@ -25,8 +25,9 @@ from components.mixing import COUPLING, kept_count
 Floats = NDArray[np.float64]
 
 EARLY = (0.1, 0.25, 0.5, 0.9)
-"""Shares of the training whose scores are held against the last. The last of them is a yardstick: what
-differs between it and the end is noise of the statistics rather than a shift."""
+"""Shares of the training whose scores are held against the last. The last of them is a yardstick: so late,
+little is left to shift, and what differs is noise of the statistics for the most part, of those at least
+whose averages remember less than a tenth of the training."""
 
 TOP = (0.1, 0.25, 0.5)
 """Shares of a group's channels, those of the highest scores, whose overlap is measured: what stays there of
