@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from components import importance
-from components.channel_sums import scored_parameters
+from components.channel_sums import channel_sums, scored_parameters
 from components.dependency import DependencyGraph, Keep
 from components.errors import UserError
 from components.gates import GateMode, gate_readers
@@ -27,8 +27,41 @@ EVERY = 16
 CPU thread, a tracked step costs 0.7 of a training step, so every 16th costs 5 %, and 6 to 9 % with the
 snapshots of a training of 2,000 steps. Tracking every step or every 20th ranked channels equally well."""
 
+DECAY = 0.99
+"""Of the running averages by default, per tracked step: they remember about 1 / (1 - decay) of those."""
+
+SNAPSHOTS = 20
+"""About how many snapshots of the scores are kept by default."""
+
+FIRST_INTERVAL = 8.0
+"""Tracked steps between two snapshots at first, where the length of the training is not known: a snapshot
+costs an autoencoder as much as two training steps, and those that are thinned out later cost it too."""
+
 TAIL_POWER = 3
 """The mean and variance of the weights give step t a weight of about t^3: 94 % of it is in the last half."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """How closely a tracker follows a training; checked by the tracker that gets it.
+
+    Attributes:
+        every: track every so-many-th step of each loss; >= 1.
+        decay: of the running averages, per tracked step; in [0, 1).
+        snapshots: about how many snapshots of the scores to keep, evenly spread over the training; >= 1. A
+            training of fewer than 8 · `every` · `snapshots` steps leaves fewer.
+        interval: training steps from one snapshot to the next, all of which are kept; >= 1. None spreads
+            `snapshots` of them.
+    """
+
+    every: int = EVERY
+    decay: float = DECAY
+    snapshots: int = SNAPSHOTS
+    interval: int | None = None
+
+
+USUAL = Tracking()
+"""What is good enough to prune by, at little cost."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +129,10 @@ class ImportanceHistory:
 
     Attributes:
         steps: `(s,)` long: after how many training steps each snapshot was taken; increasing.
-        scores: `{metric: {group: (s, size)}}`, float32.
+        scores: `{metric: {group: (s, size)}}`, float32: those of the metrics, but that each group's scores of
+            `gradient` are scaled, by one factor, to the mean of its channels' plain Σ|g|. The metric divides
+            every layer by its mean, which gives a group the same mean whatever its gradients are; mixing
+            divides such a factor out again.
     """
 
     steps: Tensor
@@ -143,9 +179,10 @@ class ImportanceTracker:
         graph: DependencyGraph,
         model: nn.Module,
         *,
-        decay: float = 0.99,
+        decay: float = DECAY,
         every: int = EVERY,
-        snapshots: int = 20,
+        snapshots: int = SNAPSHOTS,
+        interval: int | None = None,
         total_steps: int | None = None,
     ) -> None:
         """For one model, whose parameters have to stay the same objects.
@@ -153,18 +190,19 @@ class ImportanceTracker:
         Args:
             graph: the model's dependency graph.
             model: the model that will be trained.
-            decay: of the running averages, per tracked step; in [0, 1).
-            every: track every so-many-th step of each loss; >= 1.
-            snapshots: about how many snapshots of the scores to keep; >= 1.
+            decay, every, snapshots, interval: as in `Tracking`; a snapshot is taken at the first tracked step
+                at which it is due.
             total_steps: how many steps the training has, if that is known: snapshots are then spaced evenly.
-                Otherwise they start close together and are thinned out, which costs some more.
+                Otherwise they start close together and are thinned out, which costs some more. Not read
+                where there is an interval.
 
         Raises:
             UserError: a value outside its range, or the model has none of the graph's parameters.
         """
         if not 0.0 <= decay < 1.0:
             raise UserError(f"the tracker's decay has to be in [0, 1), not {decay}")
-        for name, value in (("every", every), ("snapshots", snapshots), ("total_steps", total_steps)):
+        counts = {"every": every, "snapshots": snapshots, "interval": interval, "total_steps": total_steps}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise UserError(f"the tracker's {name} has to be at least 1, not {value}")
         self._graph = graph
@@ -176,8 +214,9 @@ class ImportanceTracker:
         self._readers = gate_readers(graph, model)
         self._decay = decay
         self._every = every
-        self._snapshots = snapshots
-        self._interval = 2.0 * every if total_steps is None else total_steps / snapshots
+        self._most = math.inf if interval is not None else 2 * snapshots
+        spread = FIRST_INTERVAL * every if total_steps is None else total_steps / snapshots
+        self._interval = spread if interval is None else float(interval)
         self._updates: dict[str, int] = {}
         self._mean_square: dict[str, _Average] = {}
         self._gates: dict[str, _Average] = {}
@@ -216,7 +255,7 @@ class ImportanceTracker:
         self._last_tracked = step
         if self.steps >= 2 and step >= self._next_snapshot:
             self._history.append((step, self._scores()))
-            if len(self._history) >= 2 * self._snapshots:
+            if len(self._history) >= self._most:
                 self._history = self._history[1::2]
                 self._interval *= 2.0
 
@@ -269,16 +308,31 @@ class ImportanceTracker:
             raise MissingStatisticsError(
                 "the tracker has seen no gradients: call update() after each backward pass"
             )
+        now = self._now()
+
+        def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.clone() for name, tensor in tensors.items()}
+
+        return replace(
+            now,
+            weight=copied(now.weight),
+            mean=copied(now.mean),
+            variance=copied(now.variance),
+            activity=copied(now.activity),
+        )
+
+    def _now(self) -> GradientStatistics:
+        """The statistics, some of them the tracker's and the model's own tensors: to be read at once."""
         records = self._records
         unbias = {name: 1.0 / (1.0 - self._decay**r.count) if r.count else 0.0 for name, r in records.items()}
         return GradientStatistics(
             gradient={name: record.gradient * unbias[name] for name, record in records.items()},
             taylor={name: record.taylor * unbias[name] for name, record in records.items()},
             square={name: record.square * unbias[name] for name, record in records.items()},
-            weight={name: p.detach().clone() for name, p in self._parameters.items()},
-            mean={name: record.mean.clone() for name, record in records.items()},
-            variance={name: record.variance.clone() for name, record in records.items()},
-            activity={name: record.activity.clone() for name, record in records.items()},
+            weight={name: p.detach() for name, p in self._parameters.items()},
+            mean={name: record.mean for name, record in records.items()},
+            variance={name: record.variance for name, record in records.items()},
+            activity={name: record.activity for name, record in records.items()},
             gates={name: gate.value for name, gate in self._gates.items()},
             steps=self.steps,
         )
@@ -312,11 +366,18 @@ class ImportanceTracker:
         return (last // self._interval + 1) * self._interval
 
     def _scores(self) -> dict[str, Mapping[str, Tensor]]:
-        statistics = self.statistics()
+        statistics = self._now()
         metrics = {name: m for name, m in importance.METRICS.items() if m.needs == "statistics"}
         if any(group.name not in statistics.gates for group in self._graph.groups):
             del metrics["gate_fisher"]
-        return {name: metric.function(self._graph, statistics) for name, metric in metrics.items()}
+        scores: dict[str, Mapping[str, Tensor]]
+        scores = {name: metric.function(self._graph, statistics) for name, metric in metrics.items()}
+        plain = channel_sums(self._graph, statistics.gradient)
+        scores["gradient"] = {
+            name: values * (plain[name].mean() / values.mean().clamp_min(torch.finfo(values.dtype).tiny))
+            for name, values in scores["gradient"].items()
+        }
+        return scores
 
     def _take(self, loss: str, names: list[str], gates: Mapping[str, Tensor]) -> None:
         records = [self._records[name] for name in names]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from agents.agent import Agent, agent_class, calibration_program
 from components import DependencyGraph, UserError, importance
 from components.calibration import record
 from components.size import parameter_count
-from components.tracker import ImportanceTracker
+from components.tracker import USUAL, ImportanceTracker, Tracking
 from search.arrays import Arrays, to_arrays
 from search.determinism import deterministic
 from search.gpu_memory import peak_share
@@ -102,6 +102,7 @@ def train_base(
     seed: int,
     metrics: Sequence[str],
     reconstruction: str = "sequential",
+    tracking: Tracking = USUAL,
     data: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
     threads: int = 1,
@@ -115,6 +116,7 @@ def train_base(
         seed: of everything random.
         metrics: importance metrics to score by.
         reconstruction: `gram` also keeps the Gram matrices.
+        tracking: how closely importance is followed.
         data: of the agent; None loads it.
         device: torch device.
         threads: CPU threads; the result is bit-reproducible for one thread count.
@@ -127,7 +129,7 @@ def train_base(
         here = None if data is None else {name: tensor.to(device) for name, tensor in data.items()}
         agent = agent_class(kind)(options, None, here, device)
         graph = trace_agent(agent, agent.calibration_inputs(TRACE_ROWS, seed))
-        tracker = ImportanceTracker(graph, agent.model)
+        tracker = ImportanceTracker(graph, agent.model, **asdict(tracking))
         start = time.perf_counter()
         agent.train(seed, tracker, progress)
         seconds = time.perf_counter() - start

@@ -14,6 +14,7 @@ base/
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,15 @@ def load_base(directory: Path) -> Base:
     """
     if not directory.is_dir():
         raise UserError(f"there is no base in {directory}")
-    metrics_file, shape_file = directory / "metrics.json", directory / "widths.json"
-    metrics, shape = read_json(metrics_file), read_json(shape_file)
-    if field(shape_file, shape, "format", int) != FORMAT:
-        raise CorruptFileError(f"{shape_file} has format {shape['format']}; this version reads {FORMAT}")
+    metrics_file = directory / "metrics.json"
+    metrics, shape = read_json(metrics_file), read_shape(directory)
     importance = read_arrays(directory / "importance.safetensors")
     calibration = read_arrays(directory / "calibration.safetensors")
     base = Base(
-        kind=field(shape_file, shape, "agent", str),
-        options=field(shape_file, shape, "options", dict),
-        widths=counts(shape_file, shape, "widths"),
-        seed=field(shape_file, shape, "seed", int),
+        kind=shape.kind,
+        options=shape.options,
+        widths=shape.widths,
+        seed=shape.seed,
         states=_nested(directory / "model.safetensors", read_arrays(directory / "model.safetensors")),
         scores=_nested(directory / "importance.safetensors", _under("score", importance)),
         history=_under("history", importance),
@@ -113,6 +112,34 @@ def load_base(directory: Path) -> Base:
     )
     _check_shapes(base, directory)
     return base
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """What builds a base's model: the agent's kind, its options, group -> channels, the training's seed."""
+
+    kind: str
+    options: Mapping[str, Any]
+    widths: Mapping[str, int]
+    seed: int
+
+
+def read_shape(directory: Path) -> BaseShape:
+    """The shape of the base in a directory.
+
+    Raises:
+        CorruptFileError: its file is missing or damaged, or of another version.
+    """
+    file = directory / "widths.json"
+    shape = read_json(file)
+    if field(file, shape, "format", int) != FORMAT:
+        raise CorruptFileError(f"{file} has format {shape['format']}; this version reads {FORMAT}")
+    return BaseShape(
+        kind=field(file, shape, "agent", str),
+        options=field(file, shape, "options", dict),
+        widths=counts(file, shape, "widths"),
+        seed=field(file, shape, "seed", int),
+    )
 
 
 def check_state(path: Path, state: Arrays, expected: Mapping[str, Any]) -> None:

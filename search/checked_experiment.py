@@ -103,6 +103,7 @@ class CheckedExperiment:
             ranking=Ranking(pruning.ranking, pruning.round_to),
             gradual=self._gradual,
             base_mode=self.config.base.mode,
+            tracking=self.config.base.importance.tracking,
             threads=self.threads,
         )
 
@@ -131,6 +132,7 @@ class CheckedExperiment:
             seed=self.config.base.seed,
             metrics=self.config.pruning.metrics,
             reconstruction=self.config.pruning.reconstruction,
+            tracking=self.config.base.importance.tracking,
             data=self.agent.data(),
             device=self.device,
             threads=self.threads,

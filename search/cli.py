@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_search(commands)
     _add_train(commands)
     _add_front(commands)
+    _add_importance(commands)
     _add_report(commands)
     _add_sync(commands)
     _add_dashboard(commands)
@@ -162,6 +163,23 @@ def _add_train(commands: Any) -> None:
 def _add_front(commands: Any) -> None:
     parser = _of_run(commands, "front", "print the front of a run", "Print the front of a run.")
     parser.add_argument("--json", action="store_true", help="print front.json instead of tables")
+
+
+def _add_importance(commands: Any) -> None:
+    parser = _of_run(
+        commands,
+        "importance",
+        "how the importance of channels moved while the base was trained",
+        "Print how groups, components and channels ranked early and late in the training of the base, how "
+        "coupling groups compare with others, and how far metrics agree. Needs the base alone.",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print everything as JSON")
+    form.add_argument(
+        "--csv",
+        action="store_true",
+        help="print one line for each score: step, metric, component, group, coupling, channel, score",
+    )
 
 
 def _add_report(commands: Any) -> None:

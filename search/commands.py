@@ -65,6 +65,28 @@ def front(options: argparse.Namespace) -> int:
     return 0
 
 
+def importance(options: argparse.Namespace) -> int:
+    """Print how importance moved while the base of a run was trained: as tables, JSON or CSV."""
+    from search.importance_table import csv_lines, importance_tables, notes, to_json
+    from search.stored_importance import read_course
+
+    run = find_run(options.run, options.runs_dir)
+    course = read_course(run)
+    if options.csv:
+        for line in csv_lines(course):
+            print(line)
+        return 0
+    if options.json:
+        print(json.dumps(to_json(course), allow_nan=False, ensure_ascii=False))
+        return 0
+    console = make_console()
+    for table in importance_tables(course):
+        console.print(table)
+    for line in notes(course):
+        console.print(line, highlight=False, markup=False)
+    return 0
+
+
 def report(options: argparse.Namespace) -> int:
     """Write the report of a run."""
     from search.report import write_report

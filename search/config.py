@@ -28,6 +28,7 @@ from pydantic import (
 
 from components.errors import UserError, nearest
 from components.schedule import PruningSchedule
+from components.tracker import DECAY, EVERY, SNAPSHOTS, Tracking
 from search import experiment_yaml
 from search.config_errors import Fault, sentence, shown
 
@@ -204,16 +205,43 @@ class AgentConfig(_Section):
         return self
 
 
+class ImportanceConfig(_Section):
+    """How closely importance is followed while the base trains. A step is an update of the agent.
+
+    Attributes:
+        every: track every so-many-th step, >= 1; tracking all of them costs TD-MPC some percent of its
+            training, and an autoencoder a quarter.
+        decay: of the running averages, per tracked step, in [0, 1): they remember about
+            `every` / (1 - `decay`) steps. What is gathered at the end is what trials prune by.
+        snapshots: about how many of the scores to keep over the training, >= 1: up to twice as many, and
+            fewer of a training that is shorter than 8 · `every` · `snapshots` steps.
+        interval: steps from one snapshot to the next, >= 1, from the first to the last step; null spreads
+            `snapshots` of them.
+    """
+
+    every: int = Field(EVERY, ge=1)
+    decay: float = Field(DECAY, ge=0, lt=1)
+    snapshots: int = Field(SNAPSHOTS, ge=1)
+    interval: int | None = Field(None, ge=1)
+
+    @property
+    def tracking(self) -> Tracking:
+        """The same, as a tracker takes it."""
+        return Tracking(self.every, self.decay, self.snapshots, self.interval)
+
+
 class BaseAgentConfig(_Section):
     """How the base is made: the trained, unpruned agent.
 
     Attributes:
         mode: `shared` trains it once for all trials; `per_trial` trains one inside every trial.
         seed: of its training, >= 0.
+        importance: how closely importance is followed along the way.
     """
 
     mode: Literal["shared", "per_trial"] = "shared"
     seed: int = Field(0, ge=0)
+    importance: ImportanceConfig = ImportanceConfig()
 
 
 class FineTuneConfig(_Section):

@@ -26,6 +26,10 @@ DECAY = 0.9
 """Of the tracker's averages, per tracked update: shorter than a base's, because a shrinking model changes."""
 
 
+NEVER = 10**9
+"""Steps between two snapshots of the course, which nobody looks at here."""
+
+
 class GradualPruning:
     """Takes channels from an agent while that is trained or fine-tuned; called as its `progress`.
 
@@ -84,7 +88,7 @@ class GradualPruning:
         self._tracker: ImportanceTracker | None = None
         if any(importance.METRICS[metric].needs == "statistics" for metric in self._metrics):
             every = max(1, self._schedule.interval // TRACKED_STEPS)
-            self._tracker = ImportanceTracker(graph, agent.model, decay=DECAY, every=every, snapshots=1)
+            self._tracker = ImportanceTracker(graph, agent.model, decay=DECAY, every=every, interval=NEVER)
 
     @property
     def tracker(self) -> Tracker:

@@ -275,6 +275,7 @@ def _rehearsed(checked: CheckedExperiment, settings: TrialSettings, say: Say) ->
             seed=config.base.seed,
             metrics=config.pruning.metrics,
             reconstruction=config.pruning.reconstruction,
+            tracking=settings.tracking,
             device=checked.device,
             threads=settings.threads,
         )

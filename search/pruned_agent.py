@@ -58,6 +58,7 @@ def pruned_agent(spec: TrialSpec, base: Base, device: str, stages: Stages) -> Pr
             seed=spec.seed,
             metrics=settings.metrics,
             reconstruction=settings.reconstruction,
+            tracking=settings.tracking,
             data=to_tensors(base.data),
             device=device,
             threads=settings.threads,

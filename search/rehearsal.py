@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from agents.agent import Agent, agent_class, rehearsal
-from components.tracker import ImportanceTracker
+from components.tracker import USUAL, ImportanceTracker, Tracking
 from search.base import TRACE_ROWS, Base, Progress, scored_base, trace_agent
 from search.determinism import deterministic
 
@@ -42,6 +42,7 @@ def rehearse(
     seed: int,
     metrics: tuple[str, ...],
     reconstruction: str,
+    tracking: Tracking = USUAL,
     device: str = "cpu",
     threads: int = 1,
     progress: Progress = lambda done, total, note: None,
@@ -54,7 +55,7 @@ def rehearse(
     Args:
         kind: of the agent.
         agent: as `kind` makes it; it stays untrained.
-        seed, metrics, reconstruction, device, threads: as in `train_base`.
+        seed, metrics, reconstruction, tracking, device, threads: as in `train_base`.
         progress: is told how far the rehearsal is.
 
     Raises:
@@ -67,7 +68,7 @@ def rehearse(
         pupil = agent_class(kind)(options, None, data, device)
         graph = trace_agent(pupil, pupil.calibration_inputs(TRACE_ROWS, seed))
         watch = _Watch(progress, may_stop=short is None)
-        tracker = _Stopping(ImportanceTracker(graph, pupil.model), watch)
+        tracker = _Stopping(ImportanceTracker(graph, pupil.model, **asdict(tracking)), watch)
         try:
             pupil.train(seed, tracker, watch)
             finished = True

@@ -14,6 +14,7 @@ import numpy as np
 
 from components.mixing import PER_GROUP, PruningPlan, Ranking
 from components.schedule import PruningSchedule
+from components.tracker import USUAL, Tracking
 
 Status = Literal["complete", "stopped", "failed"]
 """Of a trial that is over: measured, given up at a rung of its fine-tuning, or broken."""
@@ -55,6 +56,7 @@ class TrialSettings:
         ranking: which channels compete with one another, and which widths are allowed.
         gradual: prune step by step during fine-tuning or, in `per_trial` mode, during the training from
             scratch; None prunes at once.
+        tracking: how closely importance is followed by a trial that trains its own base.
         threads: CPU threads that torch may use; results are bit-reproducible for one thread count.
     """
 
@@ -67,6 +69,7 @@ class TrialSettings:
     base_mode: Literal["shared", "per_trial"] = "shared"
     ranking: Ranking = PER_GROUP
     gradual: GradualSettings | None = None
+    tracking: Tracking = USUAL
     threads: int = 1
 
 

@@ -119,6 +119,7 @@ def _sections(content: DashboardContent) -> list[Section]:
             panels=[
                 media("What matters", "matters_plot"),
                 media("Importance of groups over training", "importance_plot"),
+                media("Ranks of groups over training", "ranks_plot"),
                 wr.ParallelCoordinatesPlot(
                     title="Choices and measurements",
                     columns=[*map(column, content.choices), *measured],

@@ -166,7 +166,7 @@ class WandbLogger:
             bundles: trial -> directory: versions of an artifact, with the tag `pareto` and the alias
                 `trial-00000` and so on.
             aliases: trial -> more aliases of its version, such as `knee`.
-            importance: of groups over training, as in a report: a table and a heat map.
+            importance: of groups over training, as in a report: a table, a heat map and ranks.
             matters: measurement -> choice -> how much of it that explains: numbers and a plot.
             report: a page, to be looked at beside the charts.
         """

@@ -18,6 +18,8 @@ PLOTTED = 2000
 
 _BASELINE = "anchor: "
 _BLUE, _ORANGE, _GREY, _BLACK = "#1f6feb", "#d1690e", "#9aa0a6", "#202124"
+_MANY = (_BLUE, _ORANGE, "#15803d", "#7c3aed", "#be185d", "#0e7490", "#a16207", _BLACK)
+_DASHES = ("solid", "dash", "dot")
 
 
 def front_plot(front: Sequence[Record], tried: Sequence[Tried]) -> Figure:
@@ -128,6 +130,50 @@ def importance_plot(importance: Record) -> Figure | None:
         height=160 + 24 * groups + 60 * len(metrics),
     )
     figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(title_text="training step", row=len(metrics), col=1)
+    return figure
+
+
+def ranks_plot(importance: Record) -> Figure | None:
+    """Lines for each metric: ranks of groups over the training, 1 on top; None where nothing is known.
+
+    Args:
+        importance: as a report has it: `steps`, and `metrics`, each with `groups` and their `ranks` by step.
+    """
+    metrics = {name: found for name, found in (importance.get("metrics") or {}).items() if found.get("ranks")}
+    if not metrics:
+        return None
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(
+        rows=len(metrics),
+        cols=1,
+        shared_xaxes=True,
+        subplot_titles=list(metrics),
+        vertical_spacing=min(0.08, 0.3 / len(metrics)),
+    )
+    for row, found in enumerate(metrics.values(), start=1):
+        for place, (group, ranks) in enumerate(zip(found["groups"], found["ranks"], strict=True)):
+            figure.add_scatter(
+                name=group,
+                legendgroup=group,
+                showlegend=row == 1,
+                mode="lines+markers",
+                line={
+                    "color": _MANY[place % len(_MANY)],
+                    "dash": _DASHES[place // len(_MANY) % len(_DASHES)],
+                },
+                x=list(importance["steps"]),
+                y=list(ranks),
+                hovertemplate=f"{group}<br>step %{{x}}: rank %{{y}}<extra></extra>",
+                row=row,
+                col=1,
+            )
+    groups = max(len(found["groups"]) for found in metrics.values())
+    figure.update_layout(
+        **_layout("Ranks of groups over training"), height=160 + (60 + 22 * groups) * len(metrics)
+    )
+    figure.update_yaxes(autorange="reversed", tickformat="d", title_text="rank")
     figure.update_xaxes(title_text="training step", row=len(metrics), col=1)
     return figure
 

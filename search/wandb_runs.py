@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from search.wandb_dashboard import DashboardContent, save_dashboard
-from search.wandb_plots import Tried, front_plot, importance_plot, matters_plot
+from search.wandb_plots import Tried, front_plot, importance_plot, matters_plot, ranks_plot
 from search.wandb_records import Record, flat, front_table, importance_table, trial_run
 
 Mode = Literal["auto", "online", "offline", "disabled"]
@@ -161,7 +161,11 @@ class _Runs:
         columns, rows = importance_table(importance)
         if rows:
             content["importance"] = wandb.Table(columns=list(columns), data=rows)
-        plots = {"importance_plot": importance_plot(importance), "matters_plot": matters_plot(matters)}
+        plots = {
+            "importance_plot": importance_plot(importance),
+            "ranks_plot": ranks_plot(importance),
+            "matters_plot": matters_plot(matters),
+        }
         content |= {name: wandb.Plotly(plot) for name, plot in plots.items() if plot is not None}
         if report is not None:
             content["report"] = wandb.Html(

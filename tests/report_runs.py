@@ -18,7 +18,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 def made_up_run(path: Path, trials: int) -> RunDirectory:
     """A run of the toy agent with a real base and so many made-up trials, one in ten of which failed."""
-    ready = make_ready(path, f"search.trials={trials}")
+    ready = make_ready(path, f"search.trials={trials}", "base.importance.every=2")
     rng = np.random.default_rng(0)
     widths = ready.base.widths
     keeper = ready.keeper

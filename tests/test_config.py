@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from agents.agent import Objective, agent_class
 from components import importance
 from components.errors import UserError
+from components.tracker import USUAL, Tracking
 from search import experiment_yaml
 from search.config import (
     Constraint,
@@ -59,6 +60,13 @@ def test_only_the_kind_of_agent_is_required() -> None:
     )
 
 
+def test_importance_is_tracked_as_usual_unless_something_else_is_said() -> None:
+    assert load().base.importance.tracking == USUAL == Tracking(16, 0.99, 20, None)
+    chosen = load("base.importance={every: 1, decay: 0.9, snapshots: 7, interval: 50}")
+    assert chosen.base.importance.tracking == Tracking(1, 0.9, 7, 50)
+    assert parse_experiment(chosen.to_yaml()) == chosen
+
+
 def test_every_key_can_be_set() -> None:
     text = """
 name: mine
@@ -67,7 +75,7 @@ agent:
   hidden: [8, 4]
   learning_rate: 1e-3
   nested: {deep: [1, {a: null}]}
-base: {mode: per_trial, seed: 3}
+base: {mode: per_trial, seed: 3, importance: {every: 2, decay: 0.9, snapshots: 5, interval: 7}}
 pruning:
   metrics: [l1, random]
   coefficients: per_component
@@ -280,6 +288,15 @@ def test_faults_of_an_override_name_the_override() -> None:
         ("pruning.fine_tune.method=3", "pruning.fine_tune.method is 3: it must be text, or null"),
         ("pruning.fine_tune=3", "pruning.fine_tune is 3: it must be a mapping"),
         ("base.mode=share", "base.mode is 'share': did you mean 'shared'? allowed: per_trial, shared"),
+        ("base.importance.every=0", "base.importance.every is 0: it must be a whole number, at least 1"),
+        (
+            "base.importance.decay=1",
+            "base.importance.decay is 1: it must be a number, at least 0, below 1",
+        ),
+        (
+            "base.importance.interval=0",
+            "base.importance.interval is 0: it must be a whole number, at least 1, or null",
+        ),
         ("resources.cpus=0", "resources.cpus is 0: it must be a number, above 0"),
         ("resources.cpus=.inf", "resources.cpus is inf: it must be a number, above 0"),
         ("resources.gpus=-1", "resources.gpus is -1: it must be 'auto' or a number, at least 0"),

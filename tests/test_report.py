@@ -22,14 +22,18 @@ from search.report import write_report
 from search.report.content import gather
 from search.report.page import render
 from search.run_directory import RunDirectory
+from search.stored_importance import read_course
 from search.trial_types import TrialResult
+
+IMPORTANCE = "base.importance.every=2"
+"""The toy's training is short."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A whole search of the toy agent, some of whose trials fail."""
     path = tmp_path_factory.mktemp("runs") / "toy"
-    search_serially(path, "search.trials=24", "agent.fault=raise", "search.constraints={}")
+    search_serially(path, "search.trials=24", "agent.fault=raise", "search.constraints={}", IMPORTANCE)
     return RunDirectory(path)
 
 
@@ -100,6 +104,41 @@ def test_importance_is_relative_to_the_average_channel(run, content) -> None:
             mean = sum(scores[group]) / len(scores[group])
             if mean > 0:
                 assert values[column] == pytest.approx(math.log2(mean / average), abs=0.01)
+
+
+def test_importance_is_drawn_from_what_the_command_prints(run, content) -> None:
+    course = read_course(run)
+    found = content["importance"]
+    assert found["steps"] == course.steps.tolist()
+    assert found["components"] == {group.name: group.part for group in course.groups}
+    assert set(found["metrics"]) == {metric for metric in course.metrics if course.compares_groups(metric)}
+    for metric, shown in found["metrics"].items():
+        assert shown["groups"] == [group.name for group in course.groups]
+        np.testing.assert_array_equal(shown["ranks"], course.ranks(metric))
+        for name, groups in {**course.parts, **course.kinds}.items():
+            expected = np.log2(course.relative(metric, groups))
+            np.testing.assert_allclose(shown["parts"][name], expected, rtol=1e-2, atol=1e-3)
+    assert len(course.steps) > 5
+    for metric in course.metrics:
+        for row, shift in zip(found["shifts"][metric], course.shifts(metric), strict=True):
+            assert row["channels"] == pytest.approx(shift.mean_channels, rel=1e-2)
+            assert row["overlap"] == pytest.approx(list(shift.mean_overlap.values()), rel=1e-2)
+    assert found["agreement"]["metrics"] == list(course.agreement)
+    for name, values in zip(course.agreement, found["agreement"]["values"], strict=True):
+        assert values == pytest.approx(list(course.agreement[name].values()), abs=1e-2)
+
+
+def test_without_the_agents_code_importance_lacks_the_components_alone(tmp_path) -> None:
+    made = made_up_run(tmp_path / "elsewhere", 15)
+    known = gather(made)["importance"]
+    shape = made.base / "widths.json"
+    shape.write_text(shape.read_text().replace("toy_agents:Toy", "nowhere_to_be_found:Toy"))
+    content = gather(made)["importance"]
+    assert set(content["components"].values()) == {""}
+    for metric, shown in content["metrics"].items():
+        assert shown == {**known["metrics"][metric], "parts": {}}
+    for name in ("shifts", "agreement", "steps"):
+        assert content[name] == known[name]
 
 
 def test_failures_are_counted_by_reason(run, content) -> None:

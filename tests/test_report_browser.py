@@ -116,8 +116,16 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, repor
     )
     assert drawn["course"] == {"": TRIALS}
     assert drawn["parallel"] == {"": complete}
-    metric = next(iter(content["importance"]["metrics"].values()))
+    importance = content["importance"]
+    metric = next(iter(importance["metrics"].values()))
     assert drawn["importance"] == {"": sum(value is not None for row in metric["values"] for value in row)}
+    steps = len(importance["steps"])
+    assert drawn["ranks"] == dict.fromkeys(metric["groups"], steps)
+    assert drawn["parts"] == dict.fromkeys(metric["parts"], steps)
+    assert set(metric["parts"]) >= {"coupling", "component-specific", "encoder"}
+    assert drawn["agreement"] == {"": len(importance["agreement"]["metrics"]) ** 2}
+    rows = sum(len(shifts) for shifts in importance["shifts"].values())
+    assert page.locator("#shifts tbody tr").count() == rows > 0
     # As many marks are really there as the chart was given.
     assert page.locator("#front-chart svg path").count() > complete
     assert page.locator("#importance-chart svg path").count() > drawn["importance"][""]
@@ -167,6 +175,21 @@ def test_switches_redraw(opened) -> None:
         assert page.locator(f"#{chart}-chart svg").inner_html() != before
 
 
+def test_the_metric_is_chosen_for_all_charts_that_have_one(opened, report) -> None:
+    page = opened()
+    scroll_through(page)
+    metrics = content_of(report)["importance"]["metrics"]
+    chosen = list(metrics)[-1]
+    page.locator("#importance-metric").select_option(chosen)
+    found = page.evaluate(
+        "() => Object.fromEntries(charts.map((chart) => [chart.getDom().id, chart.getOption().series]))"
+    )
+    ranks = {one["name"]: [value for _, value in one["data"]] for one in found["ranks-chart"]}
+    assert ranks == dict(zip(metrics[chosen]["groups"], metrics[chosen]["ranks"], strict=True))
+    parts = {one["name"]: [value for _, value in one["data"]] for one in found["parts-chart"]}
+    assert parts == metrics[chosen]["parts"]
+
+
 def test_dark_follows_the_reader_and_paper_is_light(opened) -> None:
     page = opened(scheme="dark")
     ground = "getComputedStyle(document.body).backgroundColor"
@@ -178,7 +201,7 @@ def test_dark_follows_the_reader_and_paper_is_light(opened) -> None:
     page.emulate_media(color_scheme="dark")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate(ground) == "rgb(255, 255, 255)"
-    for chart in ("front", "course", "parallel", "importance"):
+    for chart in ("front", "course", "parallel", "importance", "ranks", "parts", "agreement"):
         assert page.locator(f"#{chart}-chart svg path").count() > 3, f"{chart} is drawn for the paper too"
         box, drawing = (page.locator(f"#{chart}-chart {inner}").first.bounding_box() for inner in ("", "svg"))
         assert drawing["width"] <= box["width"] + 1 <= 702, f"{chart} is as wide as the paper"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from components import importance
+from components.channel_sums import channel_sums
 from components.dependency import Consumer, DependencyGraph, Member
 from components.errors import UserError
 from components.importance import MissingStatisticsError
@@ -463,9 +464,10 @@ def test_history_spans_the_training(steps: int, total: int | None) -> None:
     train(model, shape, steps, tracker)
     history = tracker.history()
     assert len(history.steps) <= 20
-    assert len(history.steps) >= (10 if total != 1000 else 1)
+    closest = 2 * 8 if total is None else 0  # steps from one snapshot to the next, at first
+    assert len(history.steps) >= (min(10, steps // closest if closest else 10) if total != 1000 else 1)
     assert bool((history.steps.diff() > 0).all())
-    assert history.steps[0] <= max(steps, total or 0) / 9
+    assert history.steps[0] <= max(max(steps, total or 0) / 9, closest + 1)
     assert history.steps[-1] == steps - (1 - steps % 2)  # the last tracked step
     metrics = {"gradient", "taylor", "fisher", "gate_fisher", "bayesian"}
     assert set(history.scores) == metrics
@@ -475,8 +477,35 @@ def test_history_spans_the_training(steps: int, total: int | None) -> None:
             course = history.scores[metric][g.name]
             assert course.shape == (len(history.steps), g.size)
             assert bool(course.isfinite().all())
-            if metric != "fisher":  # which reads the weights as they are now, one step later
+            if metric == "gradient":  # the same but for one factor for each group: see the next test
+                ratio = course[-1] / now[g.name].float()
+                torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+            elif metric != "fisher":  # which reads the weights as they are now, one step later
                 torch.testing.assert_close(course[-1], now[g.name].float())
+
+
+def test_history_of_gradients_compares_groups_by_their_plain_sums() -> None:
+    model, graph, shape = make("mlp")
+    tracker = ImportanceTracker(graph, model, every=1, snapshots=3)
+    train(model, shape, 9, tracker)
+    plain = channel_sums(graph, tracker.statistics().gradient)
+    course = tracker.history().scores["gradient"]
+    for g in graph.groups:
+        torch.testing.assert_close(course[g.name][-1].mean(), plain[g.name].mean().float())
+
+
+@pytest.mark.parametrize(("every", "interval", "steps"), [(1, 4, 22), (3, 4, 22), (2, 1, 9), (5, 100, 22)])
+def test_history_at_a_chosen_interval_keeps_every_snapshot(every: int, interval: int, steps: int) -> None:
+    model, graph, shape = make("mlp")
+    tracker = ImportanceTracker(graph, model, every=every, snapshots=2, interval=interval)
+    train(model, shape, steps, tracker)
+    tracked = range(1, steps + 1, every)
+    expected, due = [], interval
+    for step in tracked[1:]:
+        if step >= due:
+            expected.append(step)
+            due = (step // interval + 1) * interval
+    assert tracker.history().steps.tolist() == sorted({*expected, tracked[-1]})
 
 
 def test_history_without_capture_lacks_gate_fisher_alone() -> None:
@@ -559,6 +588,7 @@ def test_statistics_before_any_update_say_so() -> None:
         ({"decay": -0.1}, r"decay has to be in \[0, 1\), not -0.1"),
         ({"every": 0}, "every has to be at least 1, not 0"),
         ({"snapshots": 0}, "snapshots has to be at least 1, not 0"),
+        ({"interval": 0}, "interval has to be at least 1, not 0"),
         ({"total_steps": 0}, "total_steps has to be at least 1, not 0"),
     ],
 )

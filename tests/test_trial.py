@@ -12,6 +12,7 @@ import torch
 import toy_agents
 
 from components.mixing import PruningPlan
+from components.tracker import Tracking
 from search.base import Base, train_base, untrained_base
 from search.trial import TrialResult, TrialSettings, TrialSpec, run_trial, trial_seed
 
@@ -305,6 +306,20 @@ def test_a_trial_may_train_its_own_base_and_is_measured_against_it():
     dense = PruningPlan({"l2": 1.0}, {})
     kept = run_trial(spec(dense, base_mode="per_trial", reconstruction="none", fine_tune_updates=0), shape)
     assert kept.retention == 1.0
+
+
+def test_a_trials_own_base_is_tracked_as_the_experiment_says():
+    shape = untrained_base("toy_agents:Toy", {}, seed=0)
+    plan = PruningPlan({"gradient": 1.0}, HALF.ratios)
+    chosen = Tracking(every=3, decay=0.5)
+    settings = {"metrics": ("gradient",), "base_mode": "per_trial"}
+    kept = run_trial(spec(plan, tracking=chosen, **settings), shape).kept
+    own = train_base(
+        "toy_agents:Toy", {}, seed=trial_seed(0, 0), metrics=("gradient",), tracking=chosen
+    ).scores["gradient"]
+    for group, channels in kept.items():
+        assert set(channels) == set(np.argsort(-own[group], kind="stable")[: len(channels)].tolist())
+    assert kept != run_trial(spec(plan, **settings), shape).kept
 
 
 def test_a_fine_tuning_that_diverged_leaves_what_reconstruction_made(base):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from search import pareto
-from search.wandb_plots import PLOTTED, Tried, front_plot, importance_plot, matters_plot
+from search.wandb_plots import PLOTTED, Tried, front_plot, importance_plot, matters_plot, ranks_plot
 
 
 def drawn(figure: Any) -> dict[tuple[str, str], list[tuple[float, float]]]:
@@ -81,6 +81,27 @@ def test_importance_is_a_heat_map_for_each_metric() -> None:
     scale = content["layout"]["coloraxis"]
     assert (scale["cmin"], scale["cmax"]) == (-3.0, 3.0), "no difference is white"
     assert importance_plot({}) is None
+
+
+def test_ranks_are_a_line_for_each_group_in_each_metric() -> None:
+    metrics = {
+        "fisher": {"groups": ["latent", "encoder.0"], "ranks": [[1.0, 2.0], [2.0, None]]},
+        "taylor": {"groups": ["latent", "encoder.0"], "ranks": [[1.5, 1.0], [1.5, 2.0]]},
+    }
+    figure = ranks_plot({"steps": [10, 20], "metrics": metrics})
+    assert figure is not None
+    content = json.loads(json.dumps(figure.to_plotly_json()))
+    assert [(trace["name"], trace["x"], trace["y"]) for trace in content["data"]] == [
+        (group, [10, 20], ranks)
+        for found in metrics.values()
+        for group, ranks in zip(found["groups"], found["ranks"], strict=True)
+    ]
+    assert [trace["showlegend"] for trace in content["data"]] == [True, True, False, False]
+    assert {content["layout"][axis]["autorange"] for axis in ("yaxis", "yaxis2")} == {"reversed"}
+    assert (
+        ranks_plot({"steps": [10], "metrics": {"fisher": {"groups": ["latent"], "values": [[1.0]]}}}) is None
+    )
+    assert ranks_plot({}) is None
 
 
 def test_what_matters_is_a_bar_for_each_choice() -> None:

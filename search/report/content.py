@@ -10,25 +10,20 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from components import UserError
 from search import pareto
 from search.config import Constraint, parse_experiment
-from search.durable_files import read_arrays, read_json
+from search.durable_files import read_json
 from search.front import Front, feasible
 from search.parameter_importance import choices, parameter_importance
+from search.report.importance import importance_over_training
+from search.report.short import short
 from search.run_directory import RunDirectory
 from search.trial_types import TrialResult
 
-STEPS = 48
-"""Snapshots of the importance that a heat map shows at most."""
-
 PAUSE_SECONDS = 300.0
 """A time without trials that is longer than this, and than ten of the longest trial, is a pause."""
-
-DIGITS = 5
-"""Significant digits of measured numbers: more than anybody reads, and a third of the bytes of all."""
 
 
 def gather(run: RunDirectory) -> dict[str, Any]:
@@ -52,19 +47,19 @@ def gather(run: RunDirectory) -> dict[str, Any]:
         "performance": front.performance,
         "constraints": [f"{constraint.name} {constraint}" for constraint in constraints],
         "base": _base(run, front, config.base.mode),
-        "hypervolumes": {name: _short(value) for name, value in front.hypervolumes().items()},
+        "hypervolumes": {name: short(value) for name, value in front.hypervolumes().items()},
         "retention_at": front.retention_at(),
         "knee": _knee(front),
         "trials": _trials(results, objectives, constraints),
         "front": {
             "trial": [trial.trial for trial in front.trials],
-            "test_retention": [_short(trial.test_retention) for trial in front.trials],
+            "test_retention": [short(trial.test_retention) for trial in front.trials],
             # Latencies of a front are measured once more when nothing else runs.
             "latencies": [_latencies(trial.objectives) for trial in front.trials],
         },
         "course": _course(results, constraints),
         "choices": _choices(results),
-        "importance": _importance_over_training(run, list(front.base.get("widths") or {})),
+        "importance": importance_over_training(run),
         "parameters": parameter_importance(complete, list(dict.fromkeys([*objectives, "retention"]))),
         "failures": _failures(results),
         "stages": _stages(complete),
@@ -90,7 +85,7 @@ def _knee(front: Front) -> int | None:
 
 
 def _latencies(objectives: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: _short(value) for name, value in objectives.items() if name.startswith("latency")}
+    return {name: short(value) for name, value in objectives.items() if name.startswith("latency")}
 
 
 def _trials(
@@ -106,16 +101,16 @@ def _trials(
         "origin": [result.origin for result in results],
         "reason": [result.reason for result in results],
         "parameters": [result.parameters for result in results],
-        "size_ratio": [_short(result.size_ratio) for result in results],
+        "size_ratio": [short(result.size_ratio) for result in results],
         "macs": [result.macs for result in results],
-        "retention": [_short(result.retention) for result in results],
+        "retention": [short(result.retention) for result in results],
         "objectives": {
-            name: [_short(result.objectives.get(name)) for result in results] for name in objectives
+            name: [short(result.objectives.get(name)) for result in results] for name in objectives
         },
         "groups": groups,
         "widths": [[result.widths.get(group) for group in groups] for result in results],
         "stages": stages,
-        "timings": [[_short(result.timings.get(stage), 3) for stage in stages] for result in results],
+        "timings": [[short(result.timings.get(stage), 3) for stage in stages] for result in results],
         "device": [result.device for result in results],
     }
 
@@ -148,7 +143,7 @@ def _course(
             keep = pareto.front(np.column_stack([sizes, retention]), ["minimize", "maximize"])
             sizes, retention = [sizes[i] for i in keep], [retention[i] for i in keep]
             volume = pareto.hypervolume_log(sizes, retention)
-        volumes.append(_short(volume))
+        volumes.append(short(volume))
     seconds = _searched([spans[result.number] for result in finished])
     return {"seconds": [round(second, 2) for second in seconds], "hypervolume": volumes}
 
@@ -181,51 +176,7 @@ def _choices(results: Sequence[TrialResult]) -> dict[str, list[float | None]]:
 def _choice(name: str, value: float | None) -> float | None:
     if value is None:
         return None
-    return _short(math.exp(value) if name.startswith("share ") else value, 4)
-
-
-def _importance_over_training(run: RunDirectory, order: Sequence[str]) -> dict[str, Any]:
-    """By metric and group, how much more a channel counted than the average channel, over the training.
-
-    A binary logarithm: 1 is twice as important, 0 the same, -1 half. Metrics that give all groups the same
-    mean by definition are left out.
-
-    Args:
-        run: whose base it is.
-        order: of the groups.
-    """
-    path = run.base / "importance.safetensors"
-    if not path.is_file():
-        return {}
-    arrays = {
-        name.removeprefix("history/"): array
-        for name, array in read_arrays(path).items()
-        if name.startswith("history/")
-    }
-    steps = arrays.pop("steps", None)
-    if steps is None or not len(steps):
-        return {}
-    shown = np.unique(np.linspace(0, len(steps) - 1, STEPS).astype(int))
-    metrics: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for name, scores in arrays.items():
-        metric, _, group = name.partition("/")
-        metrics.setdefault(metric, {})[group] = scores[shown].astype(np.float64)  # (steps, channels)
-    place = {group: index for index, group in enumerate(order)}
-    found: dict[str, Any] = {"steps": [int(step) for step in steps[shown]], "metrics": {}}
-    for metric, by_group in sorted(metrics.items()):
-        groups = sorted(by_group, key=lambda group: place.get(group, len(place)))
-        means = np.stack([by_group[group].mean(axis=1) for group in groups])  # (groups, steps)
-        average = np.concatenate([by_group[group] for group in groups], axis=1).mean(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            relative = np.log2(means / average)
-        known = relative[np.isfinite(relative)]
-        if not known.size or np.abs(known).max() < 1e-3:
-            continue
-        found["metrics"][metric] = {
-            "groups": groups,
-            "values": [[_short(value, 3) for value in row] for row in relative],
-        }
-    return found if found["metrics"] else {}
+    return short(math.exp(value) if name.startswith("share ") else value, 4)
 
 
 def _failures(results: Sequence[TrialResult]) -> list[dict[str, Any]]:
@@ -241,7 +192,7 @@ def _failures(results: Sequence[TrialResult]) -> list[dict[str, Any]]:
 def _stages(complete: Sequence[TrialResult]) -> dict[str, float | None]:
     """Median seconds of each stage of the complete trials."""
     names = list(dict.fromkeys(stage for result in complete for stage in result.timings))
-    return {name: _short(float(np.median([r.timings.get(name, 0.0) for r in complete])), 3) for name in names}
+    return {name: short(float(np.median([r.timings.get(name, 0.0) for r in complete])), 3) for name in names}
 
 
 def _seconds(iso: str) -> float | None:
@@ -249,10 +200,3 @@ def _seconds(iso: str) -> float | None:
         return datetime.fromisoformat(iso).timestamp()
     except ValueError:
         return None
-
-
-def _short(value: float | None, digits: int = DIGITS) -> float | None:
-    """A number with few digits; None for what is missing or not finite."""
-    if value is None or not math.isfinite(value):
-        return None
-    return float(f"{value:.{digits}g}")

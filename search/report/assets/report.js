@@ -439,22 +439,57 @@ function parallelChart() {
   chart.on("click", (event) => { if (known(event.data?.index)) select(event.data.index, true); });
 }
 
+// Everything about importance that needs no charts: what there is to choose, the table, what is left out.
+function importanceSection() {
+  const found = content.importance;
+  const section = document.getElementById("importance-section");
+  if (!found.steps) { section.hidden = true; return; }
+  const names = Object.keys(found.metrics);
+  const choose = document.getElementById("importance-metric");
+  for (const metric of names) choose.append(element("option", { value: metric }, metric));
+  const groups = Math.max(0, ...Object.values(found.metrics).map((metric) => metric.groups.length));
+  const sized = (id, height) => (document.getElementById(id).style.height = `${height}px`);
+  sized("importance-chart", Math.max(200, 110 + 24 * groups));
+  sized("ranks-chart", Math.max(220, 70 + 24 * groups));
+  sized("agreement-chart", 80 + 34 * found.agreement.metrics.length);
+  for (const block of section.querySelectorAll("[data-needs]")) {
+    const parts = names.some((name) => Object.keys(found.metrics[name].parts).length > 1);
+    block.hidden = { groups: !names.length, parts: !parts, ranks: found.steps.length < 2 || groups < 2, shifts: !Object.values(found.shifts).flat().length }[block.dataset.needs];
+  }
+  const body = element("tbody");
+  const head = element("tr");
+  for (const name of ["metric", "of training", "groups", "channels", ...found.top.map((top) => `top ${percent(top)}`)]) head.append(element("th", { scope: "col", class: name === "metric" ? "text" : null }, name));
+  for (const [metric, shifts] of Object.entries(found.shifts)) {
+    shifts.forEach((shift, row) => {
+      const line = element("tr", {}, element("td", { class: "text" }, row ? "" : metric), element("td", {}, percent(shift.share)), element("td", {}, decimal(shift.groups, 2)), element("td", {}, decimal(shift.channels, 2)));
+      for (const value of shift.overlap) line.append(element("td", {}, known(value) ? `${Math.round(100 * value)} %` : "–"));
+      body.append(line);
+    });
+  }
+  document.getElementById("shifts").append(element("table", {}, element("thead", {}, head), body));
+  choose.addEventListener("change", () => { for (const name of ["importance", "ranks", "parts"]) drawn[name]?.(); });
+}
+
+const chosenMetric = () => document.getElementById("importance-metric").value;
+
+// One colour for each component, wherever it is drawn; coupling groups have the text's.
+function partColour(part) {
+  if (part === "coupling" || part === "component-specific") return colour("text");
+  const parts = [...new Set(Object.values(content.importance.components))].filter((name) => name !== "coupling");
+  return colour(`part-${parts.indexOf(part) % 8}`);
+}
+
 function importanceChart() {
   const found = content.importance;
-  if (!found.metrics) { document.getElementById("importance-section").hidden = true; return; }
-  const choose = document.getElementById("importance-metric");
-  for (const metric of Object.keys(found.metrics)) choose.append(element("option", { value: metric }, metric));
-  const most = Math.max(...Object.values(found.metrics).map((metric) => metric.groups.length));
-  document.getElementById("importance-chart").style.height = `${Math.max(200, 110 + 24 * most)}px`;
   const chart = chartIn("importance-chart");
   drawn.importance = () => {
     const { axis, tooltip, text } = look();
-    const { groups, values } = found.metrics[choose.value];
+    const { groups, values } = found.metrics[chosenMetric()];
     const data = values.flatMap((row, y) => row.map((value, x) => [x, y, value])).filter(([, , value]) => known(value));
     const reach = Math.min(6, Math.max(1, ...data.map(([, , value]) => Math.abs(value))));
     chart.setOption({
       animation: false, grid: { left: 8, right: 18, top: 8, bottom: 92, containLabel: true },
-      aria: { enabled: true, label: { description: `Importance of ${plural(groups.length, "group")} over training, by ${choose.value}.` } },
+      aria: { enabled: true, label: { description: `Importance of ${plural(groups.length, "group")} over training, by ${chosenMetric()}.` } },
       tooltip: { ...tooltip, formatter: (event) => `${safe(groups[event.value[1]])}<br>after ${whole(found.steps[event.value[0]])} steps: ${event.value[2] > 0 ? "+" : ""}${decimal(event.value[2], 2)}` },
       xAxis: { ...axis, type: "category", data: found.steps.map(whole), name: "training steps", nameLocation: "middle", nameGap: 28, splitLine: { show: false } },
       yAxis: { ...axis, type: "category", data: groups, inverse: true, splitLine: { show: false } },
@@ -463,7 +498,92 @@ function importanceChart() {
     }, { notMerge: true });
   };
   drawn.importance();
-  choose.addEventListener("change", () => drawn.importance());
+}
+
+// The x axis of charts over training.
+function overTraining(axis, text, margin = 8) {
+  return { ...axis, type: "value", min: "dataMin", max: "dataMax", name: "training steps", nameLocation: "middle", nameGap: 30, splitLine: { show: false }, axisLabel: { color: text, margin, hideOverlap: true, showMinLabel: true, showMaxLabel: true, formatter: whole } };
+}
+
+function ranksChart() {
+  const found = content.importance;
+  const chart = chartIn("ranks-chart");
+  drawn.ranks = () => {
+    const { axis, tooltip, text } = look();
+    const { groups, ranks } = found.metrics[chosenMetric()];
+    const narrow = window.innerWidth < 560;
+    const dashes = ["solid", "dashed", "dotted"];
+    const seen = new Map();
+    const series = groups.map((group, row) => {
+      const part = found.components[group];
+      const nth = seen.get(part) ?? 0;
+      seen.set(part, nth + 1);
+      const paint = partColour(part);
+      return {
+        name: group, type: "line", symbol: "circle", symbolSize: 5, triggerLineEvent: true, connectNulls: true,
+        data: ranks[row].map((rank, place) => [found.steps[place], rank]),
+        lineStyle: { color: paint, width: part === "coupling" ? 3.5 : 1.8, type: dashes[nth % 3] }, itemStyle: { color: paint },
+        endLabel: { show: true, color: paint, formatter: () => elided(group, narrow ? 11 : 20), fontSize: narrow ? 11 : 12 },
+        emphasis: { focus: "series", endLabel: { show: true } },
+      };
+    });
+    chart.setOption({
+      animation: false, grid: { left: 40, right: narrow ? 92 : 150, top: 14, bottom: 46 },
+      aria: { enabled: true, label: { description: `Ranks of ${plural(groups.length, "group")} over training, by ${chosenMetric()}.` } },
+      tooltip: { ...tooltip, trigger: "item", formatter: (event) => (event.value ? `${safe(event.seriesName)}<br>rank ${significant(event.value[1], 3)} of ${groups.length} after ${whole(event.value[0])} steps` : safe(event.seriesName)) },
+      xAxis: overTraining(axis, text, 14),
+      yAxis: { ...axis, type: "value", inverse: true, min: 1, max: groups.length, interval: groups.length > 30 ? null : 1, axisLabel: { color: text, formatter: (value) => significant(value, 3) } },
+      series,
+    }, { notMerge: true });
+  };
+  drawn.ranks();
+}
+
+function partsChart() {
+  const found = content.importance;
+  const chart = chartIn("parts-chart");
+  drawn.parts = () => {
+    const { axis, tooltip, text } = look();
+    const { parts } = found.metrics[chosenMetric()];
+    const kinds = ["coupling", "component-specific"];
+    const series = Object.entries(parts).map(([name, values]) => {
+      const paint = partColour(name);
+      return {
+        name, type: "line", symbol: "circle", symbolSize: 5, triggerLineEvent: true, data: values.map((value, place) => [found.steps[place], value]),
+        lineStyle: { color: paint, width: kinds.includes(name) ? 3.5 : 1.8, type: name === "component-specific" ? "dashed" : "solid" }, itemStyle: { color: paint }, emphasis: { focus: "series" },
+      };
+    });
+    chart.setOption({
+      animation: false, grid: { left: 52, right: 18, top: window.innerWidth < 560 ? 84 : 44, bottom: 46 },
+      legend: { top: 0, textStyle: { color: text } },
+      aria: { enabled: true, label: { description: `Importance of components and couplings over training, by ${chosenMetric()}.` } },
+      tooltip: { ...tooltip, trigger: "item", formatter: (event) => (event.value ? `${safe(event.seriesName)}<br>after ${whole(event.value[0])} steps: ${event.value[1] > 0 ? "+" : ""}${decimal(event.value[1], 2)}` : safe(event.seriesName)) },
+      xAxis: overTraining(axis, text),
+      yAxis: { ...axis, type: "value", scale: true, axisLabel: { color: text, formatter: (value) => (value > 0 ? "+" : "") + significant(value, 3) } },
+      series,
+    }, { notMerge: true });
+  };
+  drawn.parts();
+}
+
+function agreementChart() {
+  const { metrics, values } = content.importance.agreement;
+  const chart = chartIn("agreement-chart");
+  drawn.agreement = () => {
+    const { axis, tooltip, text } = look();
+    const data = values.flatMap((row, y) => row.map((value, x) => [x, y, value])).filter(([, , value]) => known(value));
+    const narrow = window.innerWidth < 560;
+    chart.setOption({
+      animation: false, grid: { left: 8, right: 18, top: 8, bottom: 8, containLabel: true },
+      aria: { enabled: true, label: { description: `Rank correlation of ${plural(metrics.length, "metric")} with one another.` } },
+      tooltip: { ...tooltip, formatter: (event) => `${safe(metrics[event.value[1]])} and ${safe(metrics[event.value[0]])}: ${decimal(event.value[2], 2)}` },
+      xAxis: { ...axis, type: "category", data: metrics, splitLine: { show: false }, axisLabel: { color: text, interval: 0, rotate: narrow ? 60 : 0 } },
+      yAxis: { ...axis, type: "category", data: metrics, inverse: true, splitLine: { show: false }, axisLabel: { color: text, interval: 0 } },
+      visualMap: { show: false, min: -1, max: 1, inRange: { color: [colour("low"), colour("middle"), colour("agree")] } },
+      series: [{ type: "heatmap", data, progressive: 0, label: { show: true, color: colour("text"), fontSize: narrow ? 10 : 12, formatter: (event) => decimal(event.value[2], 2) } }],
+    }, { notMerge: true });
+  };
+  drawn.agreement();
 }
 
 async function library() {
@@ -474,12 +594,12 @@ async function library() {
   document.head.append(script);
 }
 
-const pending = new Map([["course-chart", courseChart], ["parallel-chart", parallelChart], ["importance-chart", importanceChart]]);
+const pending = new Map([["course-chart", courseChart], ["parallel-chart", parallelChart], ["importance-chart", importanceChart], ["ranks-chart", ranksChart], ["parts-chart", partsChart], ["agreement-chart", agreementChart]]);
 
 function draw(id) {
   const make = pending.get(id);
   pending.delete(id);
-  make?.();
+  if (!document.getElementById(id).closest("[hidden]")) make?.();
 }
 
 function redraw() {
@@ -505,6 +625,7 @@ async function main() {
   parameters();
   failures();
   experiment();
+  importanceSection();
   const first = content.knee ?? content.front.trial[0];
   if (known(first)) selected = place.get(first);
   detail();
