@@ -153,7 +153,12 @@ class SoftAgent:
         masks = {group: mask.double() for group, mask in keep.items()}
         with torch.no_grad():
             expected = small.program(small.model, few)
-            found = self.model.outputs(masks, lambda model: dense.agent.program(model, few))
+        soft = {group: mask.requires_grad_() for group, mask in masks.items()}
+        found = self.model.outputs(soft, lambda model: dense.agent.program(model, few))
+        if not any(found[name].requires_grad for name in self._targets):
+            raise UserError(
+                f"search.sampler 'gradient' cannot follow {dense.base.kind}: its program keeps no gradients"
+            )
         for name in self._targets:
             scale = float(expected[name].abs().max()) + 1e-12
             if not float((found[name] - expected[name]).abs().max()) <= 1e-3 * scale:
@@ -205,7 +210,7 @@ def sweep(
         ],
         betas=(0.9, 0.95),
     )
-    total = FIRST_STEPS + STEPS * (count - 1)
+    total = sweep_steps(count)
     points: list[SweepPoint] = []
     for place, weight in enumerate(_weights_of(soft, space, count)):
         before = sum(_measured(soft, weight))
@@ -215,17 +220,27 @@ def sweep(
             optimizer.zero_grad()
             masks = soft.masks(sharpness=step / max(steps - 1, 1))
             loss = soft.loss(masks) + weight * soft.model.expected_size(masks)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"search.sampler 'gradient' has come to a soft loss of {float(loss.detach())}: choose another "
+                    "sampler"
+                )
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             soft.clip()
             losses.append(float(loss.detach()))
-            done = FIRST_STEPS + STEPS * (place - 1) + step + 1 if place else step + 1
+            done = sweep_steps(place) + step + 1
             progress(done, total, f"λ {weight:.3g}, soft loss {losses[-1]:.4g}")
         task, size = _measured(soft, weight)
         points.append(
             SweepPoint(weight, soft.params(), tuple(losses), before, task + size, task, size / weight)
         )
     return points
+
+
+def sweep_steps(count: int) -> int:
+    """How many steps of descent so many points take."""
+    return FIRST_STEPS + STEPS * (count - 1) if count else 0
 
 
 def sweep_points(trials: int) -> int:
@@ -240,6 +255,7 @@ def _weights_of(soft: SoftAgent, space: SearchSpace, count: int) -> list[float]:
         soft.log_shares.fill_(math.log(1.0 - space.max_ratio))
         loss, size = _measured(soft, 1.0)
         soft.log_shares.zero_()
+    loss = max(loss, 1e-6)
     low, high = LEAST_WEIGHT * loss, MOST_WEIGHT * loss / size
     return [low * (high / low) ** (place / max(count - 1, 1)) for place in range(count)]
 

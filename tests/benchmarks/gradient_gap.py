@@ -17,8 +17,8 @@ Retention is 1 for the base and 0 for a trivial agent on the same images or epis
 bootstrap over those. TD-MPC plans with the soft model: its parameters are loaded as they are, and the layer
 normalisation of the planner is replaced by the masked one.
 
-Takes a minute for `autoencoder`; `--experiment cartpole --base DIRECTORY --set KEY=VALUE --points 24 --shown 4`
-(the base and what it was trained with) takes fifteen.
+Takes a minute for `autoencoder`. `--experiment cartpole --base DIRECTORY --set KEY=VALUE --points 24 --shown
+4`, with a base and what it was trained with, takes fifteen.
 """
 
 from __future__ import annotations
