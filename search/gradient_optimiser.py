@@ -38,13 +38,13 @@ POINTS = 128
 FIRST_STEPS = 40
 """Steps at the first λ, which begin with everything kept and all metrics mixed equally."""
 
-STEPS = 8
-"""Steps at every other."""
+STEPS, FEWEST_STEPS = 400, 8
+"""Steps at all others together, and at each at least: enough to get from everything to the least."""
 
 RATES = {"shares": 0.06, "coefficients": 0.1}
 """Adam's, of the logarithms of kept shares and of the coefficients'."""
 
-WIDE, NARROW = 0.1, 0.1
+WIDE, NARROW = 0.1, 0.02
 """Width of the masks at the start of an annealing, as a share of a group, and at its end, in channels."""
 
 LEAST_WEIGHT, MOST_WEIGHT = 0.02, 0.5
@@ -161,7 +161,7 @@ class SoftAgent:
             )
         for name in self._targets:
             scale = float(expected[name].abs().max()) + 1e-12
-            if not float((found[name] - expected[name]).abs().max()) <= 1e-3 * scale:
+            if not float((found[name].detach() - expected[name]).abs().max()) <= 1e-3 * scale:
                 raise UserError(
                     f"search.sampler 'gradient' cannot follow {dense.base.kind}: output {name!r} of the "
                     "masked model is not that of the sliced one, because something besides layers, layer and "
@@ -210,26 +210,26 @@ def sweep(
         ],
         betas=(0.9, 0.95),
     )
-    total = sweep_steps(count)
+    done, total = 0, sweep_steps(count)
     points: list[SweepPoint] = []
     for place, weight in enumerate(_weights_of(soft, space, count)):
         before = sum(_measured(soft, weight))
         losses = []
-        steps = STEPS if place else FIRST_STEPS
+        steps = _steps_at(count) if place else FIRST_STEPS
         for step in range(steps):
             optimizer.zero_grad()
             masks = soft.masks(sharpness=step / max(steps - 1, 1))
             loss = soft.loss(masks) + weight * soft.model.expected_size(masks)
-            if not math.isfinite(loss):
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
                 raise UserError(
-                    f"search.sampler 'gradient' has come to a soft loss of {float(loss.detach())}: choose another "
-                    "sampler"
+                    f"search.sampler 'gradient' has come to a soft loss of {losses[-1]}: choose "
+                    "another sampler"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             soft.clip()
-            losses.append(float(loss.detach()))
-            done = sweep_steps(place) + step + 1
+            done += 1
             progress(done, total, f"λ {weight:.3g}, soft loss {losses[-1]:.4g}")
         task, size = _measured(soft, weight)
         points.append(
@@ -240,7 +240,12 @@ def sweep(
 
 def sweep_steps(count: int) -> int:
     """How many steps of descent so many points take."""
-    return FIRST_STEPS + STEPS * (count - 1) if count else 0
+    return FIRST_STEPS + _steps_at(count) * (count - 1) if count else 0
+
+
+def _steps_at(count: int) -> int:
+    """How many steps each λ but the first takes, where there are so many."""
+    return max(FEWEST_STEPS, math.ceil(STEPS / count))
 
 
 def sweep_points(trials: int) -> int:

@@ -106,17 +106,17 @@ def grid_for(space: SearchSpace, budget: int, anchors: int, wish: GridConfig | N
     if fitting is None:
         least = Resolution(asked_n or 1, asked_ratios or 2)
         instead = best_resolution(space, left)
+        shared = ", shared coefficients" if len(space.mixtures.searched) > 1 else ""
         fits = (
-            f"coefficients: {instead.coefficients} with ratios: {instead.ratios} fits"
+            f"search.grid {{coefficients: {instead.coefficients}, ratios: {instead.ratios}}} fits"
             if instead
-            else f"the smallest has {Resolution(1, 2).points(space)}, so use more trials"
-            + (", coefficients that are shared," if len(space.mixtures.searched) > 1 else "")
-            + " or another sampler"
+            else f"the smallest grid has {Resolution(1, 2).points(space)}, so use more trials{shared} or "
+            "another sampler"
         )
         raise UserError(
-            f"search.sampler 'grid' needs {least.points(space)} points with coefficients in steps of "
-            f"1/{least.coefficients} and {least.ratios} ratios, and of search.trials {budget} "
-            f"{max(left, 0)} are left after the {anchors} anchors: {fits}"
+            f"the grid has {least.points(space)} points, with coefficients in steps of "
+            f"1/{least.coefficients} and {least.ratios} ratios, and {max(left, 0)} of {budget} trials are "
+            f"left after {anchors} anchors: {fits}"
         )
     return Grid(space, fitting, anchors)
 

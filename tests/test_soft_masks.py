@@ -1,8 +1,8 @@
-"""Soft masks: at 0 and 1 the sliced model and its size, in between smooth; thresholds that keep what they say."""
+"""Soft masks: slicing where they are 0 and 1, smooth in between; thresholds that keep what they say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
