@@ -303,6 +303,17 @@ def searchable_options(agent: Agent) -> tuple[str, ...]:
     return names
 
 
+def task_loss(agent: Agent, outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """What a model that made these outputs loses, by the agent's own account; None where it has none.
+
+    An agent whose outputs can be judged without the base's has a `task_loss(self, outputs, inputs)` of what
+    `program` made of the inputs of `calibration_inputs`: a scalar, lower better, differentiable, about 1 for
+    a trivial agent. `search.sampler: gradient` minimises it.
+    """
+    own: Callable[..., Tensor] | None = getattr(agent, "task_loss", None)
+    return None if own is None else own(outputs, inputs)
+
+
 @dataclass(frozen=True)
 class Rehearsal:
     """How to train an agent so briefly that it learns nothing, to measure what training and trials cost.

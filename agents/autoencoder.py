@@ -238,6 +238,12 @@ class Autoencoder:
         latent = model.encoder(inputs["images"].to(self.device))
         return {"latent": latent, "reconstruction": model.decoder(latent)}
 
+    def task_loss(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+        """The squared error of the reconstructions over the variance of the images: see `agent.task_loss`."""
+        images = inputs["images"].to(self.device)
+        deviation = (images - images.mean(0)).square().mean()
+        return mse_loss(outputs["reconstruction"], images) / deviation
+
     def calibration_inputs(self, rows: int, seed: int) -> dict[str, Tensor]:
         """`images`: that many different training images, or all of them where there are fewer."""
         images = self._split("train")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -16,10 +16,27 @@ from components.dependency import DependencyGraph, Group, Scores
 from components.errors import UserError, nearest
 
 COUPLING = "coupling"
-"""The key of the coefficients of coupling groups, where coefficients are given per component."""
+"""The key of the coefficients of coupling groups, where they have some of their own."""
+
+OTHERS = "others"
+"""The key of the coefficients of all groups that no other key covers."""
 
 Coefficients = Mapping[str, float] | Mapping[str, Mapping[str, float]]
-"""`{metric: weight}` for all groups, or `{component: {metric: weight}}` (coupling groups: `"coupling"`)."""
+"""`{metric: weight}` for all groups, or `{key: {metric: weight}}`: see `mixture_of` for the keys."""
+
+
+def mixture_of(group: Group, keys: Collection[str]) -> str | None:
+    """Which of the keys of separate coefficients are a group's; None if it has none.
+
+    The group's own name comes before its component (`coupling` for a coupling group), that before `others`.
+    """
+    wishes = (group.name, component_key(group), OTHERS)
+    return next((key for key in wishes if key in keys), None)
+
+
+def component_key(group: Group) -> str:
+    """The key of a group's coefficients where these are per component: its component, or `coupling`."""
+    return COUPLING if group.is_coupling else next(iter(group.components), "")
 
 
 @dataclass(frozen=True)
@@ -28,8 +45,9 @@ class PruningPlan:
 
     Attributes:
         coefficients: the weight of each importance metric, >= 0 and not all zero; only their proportions
-            matter. Shared by all groups, `{metric: weight}`, or per component, `{component: {metric:
-            weight}}`, where coupling groups use the key `"coupling"`.
+            matter. Shared by all groups, `{metric: weight}`, or separate, `{key: {metric: weight}}`, where a
+            key is the name of a group, a component, `"coupling"` for all coupling groups, or `"others"`; the
+            first of these that is there counts.
         ratios: the share of each group's channels to remove, in [0, 1), by group name; a group that is not
             named keeps all its channels.
 
@@ -46,41 +64,40 @@ class PruningPlan:
     def __post_init__(self) -> None:
         if not self.coefficients:
             raise UserError("the plan has no mixing coefficients: give at least one metric a positive weight")
-        if self.is_per_component:
-            for component, weights in self.coefficients.items():
+        if not self.is_shared:
+            for key, weights in self.coefficients.items():
                 if not isinstance(weights, Mapping):
                     raise UserError(
-                        f"coefficients are either shared or per component, not both: "
-                        f"{component!r} has {weights!r}"
+                        f"coefficients are either shared or separate, not both: {key!r} has {weights!r}"
                     )
-                _check_weights(weights, f" of component {component!r}")
+                check_weights(weights, f" of {key!r}")
         else:
-            _check_weights(cast(Mapping[str, float], self.coefficients), "")
+            check_weights(cast(Mapping[str, float], self.coefficients), "")
         for group, ratio in self.ratios.items():
             if not _is_number(ratio) or not 0.0 <= ratio < 1.0:
                 raise UserError(f"the pruning ratio of group {group!r} has to be in [0, 1), not {ratio!r}")
 
     @property
-    def is_per_component(self) -> bool:
-        """True where every component has coefficients of its own."""
-        return any(isinstance(value, Mapping) for value in self.coefficients.values())
+    def is_shared(self) -> bool:
+        """True where all groups have the same coefficients; false where they have keys."""
+        return not any(isinstance(value, Mapping) for value in self.coefficients.values())
 
     def coefficients_of(self, group: Group) -> Mapping[str, float]:
         """The weights that score one group.
 
         Raises:
-            UserError: the coefficients are per component and the group's has none.
+            UserError: the coefficients are separate, and none of the keys is the group's.
         """
-        if not self.is_per_component:
+        if self.is_shared:
             return cast(Mapping[str, float], self.coefficients)
-        key = COUPLING if group.is_coupling else next(iter(group.components), "")
-        weights = self.coefficients.get(key)
-        if weights is None:
+        key = mixture_of(group, self.coefficients.keys())
+        if key is None:
+            wish = component_key(group)
             raise UserError(
-                f"the plan has no coefficients for {key!r}, which group {group.name!r} needs: "
-                f"{nearest(key, self.coefficients)}"
+                f"the plan has no coefficients for {wish!r}, which group {group.name!r} needs: "
+                f"{nearest(wish, self.coefficients)}"
             )
-        return cast(Mapping[str, float], weights)
+        return cast(Mapping[str, float], self.coefficients[key])
 
     def to_json(self) -> str:
         """As one line of JSON; floats survive the round trip exactly."""
@@ -342,7 +359,12 @@ def _of_group(group: Group, scores: Mapping[str, Scores]) -> dict[str, Tensor]:
     return of_group
 
 
-def _check_weights(weights: Mapping[str, float], where: str) -> None:
+def check_weights(weights: Mapping[str, float], where: str = "") -> None:
+    """Refuse coefficients that mix nothing; `where` is what messages add, such as ` of 'latent'`.
+
+    Raises:
+        UserError: a weight that is negative, not finite or not a number, or weights that are all zero.
+    """
     for metric, weight in weights.items():
         if not _is_number(weight) or not math.isfinite(weight) or weight < 0:
             raise UserError(

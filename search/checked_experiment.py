@@ -25,10 +25,12 @@ from components.mixing import Ranking, comparable_groups
 from components.schedule import PruningSchedule
 from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
 from search.base_files import load_base
-from search.config import ExperimentConfig, changes, parse_experiment, resolve_objectives
+from search.config import PLANNED, ExperimentConfig, changes, parse_experiment, resolve_objectives
 from search.config_errors import shown
 from search.front import feasible
+from search.grid import grid_for
 from search.measurement import LATENCIES
+from search.optimisers import Optimiser
 from search.run_directory import RunDirectory
 from search.scheduler import EarlyStopping
 from search.space import OptionRange, SearchSpace
@@ -63,13 +65,16 @@ class CheckedExperiment:
         """Where the Optuna study is written."""
         return StudyDatabase(self.config.storage or RunDirectory(self.path).study, self.path.name)
 
-    def new_study(self, database: StudyDatabase | None = None) -> Study:
+    def new_study(self, database: StudyDatabase | None = None, optimiser: Optimiser | None = None) -> Study:
         """The study of the search, with nothing told yet.
 
         Args:
             database: where it is written; None writes it nowhere.
+            optimiser: what proposes where the sampler is `gradient`; `grid` has one of its own.
         """
         search = self.config.search
+        if search.chosen_sampler == "grid":
+            optimiser = grid_for(self.space, search.trials, self.anchors, search.grid)
         return Study(
             self.space,
             self.objectives,
@@ -79,7 +84,13 @@ class CheckedExperiment:
             database,
             trials=search.trials,
             anchors=search.anchors,
+            optimiser=optimiser,
         )
+
+    @property
+    def anchors(self) -> int:
+        """How many anchors the search starts with."""
+        return len(self.space.anchors()) if self.config.search.anchors else 0
 
     def new_early_stopping(self) -> EarlyStopping | None:
         """What stops trials of the search early, with nothing learnt yet; None where none are."""
@@ -186,8 +197,8 @@ def check(
     Raises:
         UserError: an unknown agent, option, fine-tuning method or objective, a pruning schedule that does
             not fit the training, an option that cannot be searched, early stopping of an agent without a
-            rung loss, nothing to prune, a budget too small for the space, a run directory that is in use, or
-            one that is to be resumed and is of another search.
+            rung loss, nothing to prune, a budget too small for the space or the grid, a run directory that
+            is in use, or one that is to be resumed and is of another search.
     """
     kind = config.agent.kind
     agent = agent_class(kind)(config.agent.options)
@@ -219,13 +230,21 @@ def check(
         graph.groups,
         metrics=config.pruning.metrics,
         max_ratio=config.pruning.max_ratio,
-        coefficients=config.pruning.coefficients,
+        coefficients=config.pruning.mixtures,
         trials=config.search.trials,
         force=config.pruning.coefficients_force,
         shared=_shared_ratios(config, agent, graph.groups),
         round_to=config.pruning.round_to,
         options=_option_ranges(config, agent),
     )
+    if config.search.chosen_sampler == "gradient" and config.pruning.ranking != "group":
+        raise UserError(
+            f"search.sampler is 'gradient', which finds a threshold for every group, and pruning.ranking is "
+            f"{config.pruning.ranking!r}: choose 'group', or another sampler"
+        )
+    if config.search.chosen_sampler == "grid":
+        anchors = len(space.anchors()) if config.search.anchors else 0
+        grid_for(space, config.search.trials, anchors, config.search.grid)
     earlier = _earlier_trials(config, path, space, objectives, resume=resume)
     return CheckedExperiment(config, path, agent, objectives, space, resume, earlier)
 
@@ -313,6 +332,7 @@ def _earlier_trials(
 FREE_KEYS = (
     "search.trials",
     "search.sampler",
+    "search.grid",
     "search.seed",
     "search.concurrency",
     "search.early_stopping",
@@ -324,6 +344,9 @@ FREE_KEYS = (
     "storage",
 )
 """What may change when a search goes on: its trials stay comparable with those that have finished."""
+
+PLAN_KEYS = ("search.trials", "search.sampler", "search.grid")
+"""But not for a sampler that plans all trials of the budget together."""
 
 
 def _require_same_search(path: Path, config: ExperimentConfig) -> None:
@@ -338,11 +361,17 @@ def _require_same_search(path: Path, config: ExperimentConfig) -> None:
     except UnicodeDecodeError as error:
         raise UserError(f"{run.experiment} is corrupt: {error}") from None
     before = parse_experiment(content, source=str(run.experiment))
-    different = [
-        f"{key} was {shown(old)} and is now {shown(new)}"
+    changed = {
+        key: f"{key} was {shown(old)} and is now {shown(new)}"
         for key, (old, new) in changes(before, config).items()
-        if not key.startswith(FREE_KEYS)
-    ]
+    }
+    planned = [sentence for key, sentence in changed.items() if key.startswith(PLAN_KEYS)]
+    if planned and config.search.sampler in PLANNED:
+        raise UserError(
+            f"{path} cannot be resumed by {config.search.sampler!r}, which plans all its trials together: "
+            f"{'; '.join(planned)}: take that back, or go on with another sampler"
+        )
+    different = [sentence for key, sentence in changed.items() if not key.startswith(FREE_KEYS)]
     if different:
         raise UserError(
             f"{path} cannot be resumed as another search: {'; '.join(different)}: take that back, or start a "

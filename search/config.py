@@ -34,13 +34,17 @@ from search.config_errors import Fault, sentence, shown
 
 if TYPE_CHECKING:
     from agents.agent import Objective
+    from search.mixtures import Separation
 
 Metric = Literal[
     "l1", "l2", "gradient", "taylor", "fisher", "gate_fisher", "bayesian", "reconstruction", "random"
 ]
-Sampler = Literal["tpe", "nsga2", "gp", "random", "qmc"]
+Sampler = Literal["tpe", "nsga2", "gp", "random", "qmc", "grid", "gradient"]
 
-SamplerChoice = Literal["auto", "tpe", "nsga2", "gp", "random", "qmc"]
+SamplerChoice = Literal["auto", "tpe", "nsga2", "gp", "random", "qmc", "grid", "gradient"]
+
+PLANNED: tuple[Sampler, ...] = ("grid", "gradient")
+"""Samplers that plan all trials of the budget together, so that it cannot change when a search goes on."""
 
 GP_TRIALS = 256
 """Up to so many trials `sampler: auto` is `gp`; with more `tpe`, which proposes in a fraction of the time."""
@@ -144,6 +148,58 @@ def _parse_options(value: object) -> object:
 
 def _write_options(options: tuple[OptionBounds, ...]) -> dict[str, list[int]]:
     return {option.name: [option.low, option.high] for option in options}
+
+
+@dataclass(frozen=True)
+class GivenMixture:
+    """Mixing coefficients that are not searched, such as `latent: {l2: 1, fisher: 2}`.
+
+    Attributes:
+        key: whose: a group, a component, `coupling` or `others`.
+        weights: (metric, weight), weights >= 0; only their proportions matter.
+    """
+
+    key: str
+    weights: tuple[tuple[str, float], ...]
+
+    @staticmethod
+    def parse(key: str, weights: object) -> GivenMixture:
+        """The mixture that YAML writes as `key: {metric: weight}`.
+
+        Raises:
+            Fault: it is no mapping of metrics to numbers; `key` is the fault's key.
+        """
+        if isinstance(weights, Mapping) and weights:
+            numbers = [(str(name), value) for name, value in weights.items()]
+            if all(isinstance(value, int | float) and type(value) is not bool for _, value in numbers):
+                return GivenMixture(key, tuple((name, float(value)) for name, value in numbers))
+        reason = "it must be a mapping of metrics to weights, such as {l2: 1, fisher: 2}"
+        raise Fault(reason, key=key, value=shown(weights))
+
+
+def _parse_coefficients(value: object) -> object:
+    if isinstance(value, Mapping):
+        if not value:
+            raise Fault("it must name a group or component, such as {latent: {l2: 1}}", value="{}")
+        return tuple(GivenMixture.parse(str(key), weights) for key, weights in value.items())
+    choices = ("shared", "per_component", "per_group")
+    if isinstance(value, str) and value not in choices:
+        raise Fault(f"{nearest(value, choices)}, or the coefficients of groups", value=shown(value))
+    if not isinstance(value, str | tuple):
+        reason = f"allowed: {', '.join(choices)}, or a mapping such as {{latent: {{l2: 1}}}}"
+        raise Fault(reason, value=shown(value))
+    return value
+
+
+def _write_coefficients(value: str | tuple[GivenMixture, ...]) -> str | dict[str, dict[str, float]]:
+    return value if isinstance(value, str) else {mixture.key: dict(mixture.weights) for mixture in value}
+
+
+Mixing = Annotated[
+    Literal["shared", "per_component", "per_group"] | tuple[GivenMixture, ...],
+    BeforeValidator(_parse_coefficients),
+    PlainSerializer(_write_coefficients),
+]
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -318,8 +374,10 @@ class PruningConfig(_Section):
 
     Attributes:
         metrics: importance metrics to mix; each one alone is an anchor trial.
-        coefficients: `shared` mixes alike everywhere; `per_component` mixes for every component on its own.
-        coefficients_force: search `per_component` coefficients even below 10 trials a dimension.
+        coefficients: `shared` mixes alike everywhere; `per_component` mixes for every component on its own,
+            `per_group` for every group. A mapping such as `{latent: {l2: 1, fisher: 2}}` gives those of a
+            group, a component or `coupling` (all coupling groups), and the rest shares what is searched.
+        coefficients_force: search separate coefficients even below 10 trials a dimension.
         max_ratio: largest share of a group to remove, in (0, 1).
         ranking: `group` keeps the best channels of every group, as many as its ratio says; `isomorphic` lets
             groups that are built alike share one ratio, and their channels compete with one another.
@@ -334,7 +392,7 @@ class PruningConfig(_Section):
     metrics: Annotated[tuple[Metric, ...], BeforeValidator(_as_tuple)] = Field(
         ("l2", "fisher", "reconstruction"), min_length=1
     )
-    coefficients: Literal["shared", "per_component"] = "shared"
+    coefficients: Mixing = "shared"
     coefficients_force: bool = False
     max_ratio: float = Field(0.98, gt=0, lt=1)
     ranking: Literal["group", "isomorphic"] = "group"
@@ -342,6 +400,13 @@ class PruningConfig(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     reconstruction: Literal["none", "gram", "sequential"] = "sequential"
     fine_tune: FineTuneConfig = FineTuneConfig()
+
+    @property
+    def mixtures(self) -> Separation | dict[str, dict[str, float]]:
+        """Who mixes with whom, as `SearchSpace.build` takes it."""
+        if isinstance(self.coefficients, str):
+            return self.coefficients
+        return {mixture.key: dict(mixture.weights) for mixture in self.coefficients}
 
     @field_validator("metrics")
     @classmethod
@@ -373,6 +438,18 @@ class EarlyStoppingConfig(_Section):
         return tuple(math.ceil(round(share * updates, 9)) for share in shares)
 
 
+class GridConfig(_Section):
+    """How fine a grid is; what is null follows from the budget.
+
+    Attributes:
+        coefficients: mixing coefficients are multiples of 1 over this, >= 1: with 1 all are pure metrics.
+        ratios: how many kept shares, >= 2, log-spaced from the smallest to 1.
+    """
+
+    coefficients: int | None = Field(None, ge=1)
+    ratios: int | None = Field(None, ge=2)
+
+
 class SearchConfig(_Section):
     """How to search.
 
@@ -380,7 +457,10 @@ class SearchConfig(_Section):
         trials: the budget, >= 1, anchors and failures included.
         sampler: `auto` is what finds most with so many trials. `tpe` proposes in 5 to 40 ms at any number of
             trials; `gp` takes 0.2 to 1.5 s, growing with the trials, and finds much more with few. `qmc` is
-            quasi-random: it fills the space more evenly than `random`.
+            quasi-random: it fills the space more evenly than `random`. `grid` tries mixtures times ratios
+            that all groups share; `gradient` finds both for every size by descent on soft masks, before the
+            first trial, and needs a shared base. These two plan all trials together.
+        grid: how fine the grid of `sampler: grid` is; null leaves that to the budget.
         objectives: two or more give a front; null means `parameters` and the agent's performance. Names are
             `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` and the agent's for its performance.
         constraints: bounds that feasible trials meet, such as `{retention: ">= 0.5"}`.
@@ -404,6 +484,7 @@ class SearchConfig(_Section):
 
     trials: int = Field(64, ge=1)
     sampler: SamplerChoice = "auto"
+    grid: GridConfig | None = None
     objectives: Annotated[tuple[str, ...] | None, BeforeValidator(_as_tuple)] = Field(None, min_length=1)
     constraints: Constraints = ()
     options: SearchedOptions = ()
@@ -422,6 +503,12 @@ class SearchConfig(_Section):
         if self.sampler != "auto":
             return self.sampler
         return "gp" if self.trials <= GP_TRIALS else "tpe"
+
+    @model_validator(mode="after")
+    def _grid_of_grid(self) -> SearchConfig:
+        if self.grid is not None and self.sampler != "grid":
+            raise Fault(f"is for the sampler 'grid', and the sampler is {self.sampler!r}", key="grid")
+        return self
 
     @field_validator("objectives")
     @classmethod
@@ -517,6 +604,13 @@ class ExperimentConfig(_Section):
         with a dense one that is trained once.
         """
         return self.base.mode == "shared" or self.pruning.schedule.kind != "one_shot"
+
+    @model_validator(mode="after")
+    def _base_for_gradient(self) -> ExperimentConfig:
+        if self.search.sampler == "gradient" and self.base.mode != "shared":
+            reason = "it needs a trained base before the first trial: set base.mode to 'shared'"
+            raise Fault(reason, key="search.sampler", value="'gradient'")
+        return self
 
     @model_validator(mode="after")
     def _room_for_rungs(self) -> ExperimentConfig:

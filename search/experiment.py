@@ -22,6 +22,8 @@ from search.durable_files import write_text
 from search.front import Front
 from search.front_keeper import FrontKeeper
 from search.gpu_memory import trial_share
+from search.gradient_sweep import GradientSweep, read_sweep, write_sweep
+from search.optimisers import Optimiser
 from search.own_code import own_code
 from search.prepared_base import PreparedBase, prepare
 from search.run_directory import RunDirectory
@@ -65,6 +67,30 @@ class ReadySearch:
         open_ones = [number for number in budget if number not in finished]
         return sorted(open_ones, key=lambda number: number not in self.proposals)
 
+    def plan(self, progress: Progress = lambda done, total, note: None) -> Optimiser | None:
+        """What proposes trials where the sampler is `gradient`: its sweep, made once and kept; else None.
+
+        Args:
+            progress: is told how far the sweep is.
+
+        Raises:
+            UserError: soft masks cannot follow the agent's model.
+        """
+        checked, search = self.checked, self.checked.config.search
+        if search.chosen_sampler != "gradient":
+            return None
+        from search.gradient_optimiser import sweep, sweep_points
+
+        first = checked.anchors
+        count = sweep_points(search.trials - first)
+        points = read_sweep(self.run.sweep)
+        if points is None or len(points) != count or not all(checked.space.holds(p.params) for p in points):
+            # One thread: the same bits however many cores there are.
+            with deterministic(search.seed, threads=1):
+                points = sweep(self.dense, checked.space, count, progress)
+            write_sweep(self.run.sweep, points, first)
+        return GradientSweep(points, first)
+
     def search(
         self, observers: Sequence[Callable[[TrialResult], None]] = (), address: str | None = None
     ) -> SearchOutcome:
@@ -75,14 +101,14 @@ class ReadySearch:
             address: of a running cluster; None starts one on this machine.
 
         Raises:
-            UserError: no cluster answers, or it cannot hold a trial.
+            UserError: no cluster answers, it cannot hold a trial, or soft masks cannot follow the agent.
         """
         config = self.checked.config
         search, resources = config.search, config.resources
         stopping = self.checked.new_early_stopping()
         if stopping is not None:
             stopping.replay(self.keeper.results)
-        study = self.checked.new_study(self.database)
+        study = self.checked.new_study(self.database, self.plan())
         try:
             study.warm_start(self.checked.earlier)
             study.replay(self.keeper.results, self.proposals)

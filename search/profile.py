@@ -112,7 +112,7 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
             "trials with several threads, which suffer most, were not measured."
         )
     say(f"measuring how fast {config.search.chosen_sampler} proposes")
-    propose = proposal_seconds(checked)
+    propose = proposal_seconds(checked) + (0.0 if base is None else planning_seconds(checked, base))
     costs: tuple[SearchCost, ...] = ()
     if measured is not None:
         cores = usable_cores()
@@ -248,6 +248,22 @@ def proposal_seconds(checked: CheckedExperiment) -> float:
             places.append(place)
             seconds.append(time.perf_counter() - start)
     return float(np.interp(np.arange(search.trials), places, seconds).sum())
+
+
+def planning_seconds(checked: CheckedExperiment, base: Base) -> float:
+    """Seconds that the sweep of `gradient` takes, from its first point; 0 for samplers that sweep nothing."""
+    search = checked.config.search
+    if search.chosen_sampler != "gradient":
+        return 0.0
+    from search.gradient_optimiser import sweep, sweep_points, sweep_steps
+
+    dense = prepare(base)
+    with deterministic(search.seed, threads=1):
+        start = time.perf_counter()
+        sweep(dense, checked.space, 1)
+        seconds = time.perf_counter() - start
+    count = sweep_points(search.trials - checked.anchors)
+    return seconds * sweep_steps(count) / sweep_steps(1)
 
 
 def is_busy() -> bool:

@@ -45,6 +45,7 @@ class RunDirectory:
         self.wandb = path / "wandb"
         self.lock = path / "lock"
         self.warm_start = path / "warm_start.jsonl"
+        self.sweep = path / "gradient.json"
         self.identity = path / "identity"
         self._claim: int | None = None
 

@@ -87,6 +87,9 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
         console.print(base_line(ready.base, ready.dense.agent.performance.name), highlight=False)
     if ready.keeper.results:
         console.print(resumption_line(ready), soft_wrap=True, highlight=False)
+    if config.search.chosen_sampler == "gradient":
+        with TrainingProgress("sweep", console) as progress:
+            ready.plan(progress)
     wandb = config.wandb
     with WandbLogger(
         ready.run.path,

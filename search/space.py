@@ -1,8 +1,8 @@
 """The search space: from pruning groups and a few settings to dimensions, plans and anchors.
 
 One dimension `keep/<group>` for each group's kept share, log-uniform in [1 - max_ratio, 1], and where several
-metrics are mixed one dimension `mix/<metric>` (or `mix/<component>/<metric>`) for each coordinate u in
-[0, 1]; `components.mixing.simplex` turns those into coefficients. Where options of the agent are searched,
+metrics are mixed one dimension `mix/<metric>` (or `mix/<key>/<metric>`: see `Mixtures`) for each coordinate u
+in [0, 1]; `components.mixing.simplex` turns those into coefficients. Where options of the agent are searched,
 one dimension `option/<name>` for each, a whole number, log-uniform between its bounds. Groups of one channel
 are not searched: one channel always stays.
 """
@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
 
 from components.dependency import Group
 from components.errors import UserError, nearest
-from components.mixing import COUPLING, PruningPlan, kept_count, simplex
+from components.mixing import PruningPlan, kept_count, simplex
+from search.mixtures import Mixtures, Separation
 
 UNIFORM_RATIOS = (0.50, 0.75, 0.90, 0.96)
 """Pruning ratios of the anchors that treat every group alike."""
@@ -25,7 +25,7 @@ PURE_RATIO = 0.90
 """Pruning ratio of the anchors that use one metric alone."""
 
 TRIALS_PER_DIMENSION = 10
-"""What a search with coefficients per component needs, unless it is forced."""
+"""What a search with coefficients per component or group needs, unless it is forced."""
 
 Params = dict[str, float]
 """A value for every dimension, by name."""
@@ -85,21 +85,18 @@ class SearchSpace:
 
     Attributes:
         dimensions: kept shares in the order of the groups, then mixing coordinates, then options.
-        metrics: the importance metrics that are mixed.
         sizes: group -> channels, all groups.
         keeps: searched group -> the dimension of its kept share; several groups may share one.
-        mixtures: whose coefficients are mixed separately: components and `coupling`; empty where one mixture
-            serves all groups.
+        mixtures: of the importance metrics.
         max_ratio: the largest share of a group that may be removed.
         options: searched option of the agent -> its range.
         round_to: widths are multiples of it: see `components.mixing.kept_count`.
     """
 
     dimensions: tuple[Dimension, ...]
-    metrics: tuple[str, ...]
     sizes: Mapping[str, int]
     keeps: Mapping[str, str]
-    mixtures: tuple[str, ...]
+    mixtures: Mixtures
     max_ratio: float
     options: Mapping[str, OptionRange] = field(default_factory=dict)
     round_to: int = 1
@@ -110,7 +107,7 @@ class SearchSpace:
         *,
         metrics: Sequence[str],
         max_ratio: float,
-        coefficients: Literal["shared", "per_component"] = "shared",
+        coefficients: Separation | Mapping[str, Mapping[str, float]] = "shared",
         trials: int,
         force: bool = False,
         shared: Mapping[str, str] | None = None,
@@ -123,17 +120,17 @@ class SearchSpace:
             groups: all groups of the model.
             metrics: importance metrics to mix, at least one.
             max_ratio: in (0, 1).
-            coefficients: one mixture for all groups, or one for every component and one for coupling groups.
-            trials: the budget, which bounds the dimensions that `per_component` may have.
-            force: accept `per_component` with fewer than 10 trials a dimension.
+            coefficients: as `Mixtures.build` takes them.
+            trials: the budget, which bounds the dimensions that `per_component` and `per_group` may have.
+            force: accept these with fewer than 10 trials a dimension.
             shared: group -> key; groups with one key share one kept share, and a group that is not named has
                 its own name for key: `{"q2.0": "q1.0"}` ties the second Q function to the first.
             options: options of the agent to search, by name.
             round_to: widths are multiples of it; groups that are no wider are not searched.
 
         Raises:
-            UserError: no group can be pruned, `shared` names a group that does not exist, or the budget is
-                too small for coefficients per component.
+            UserError: no group can be pruned, `shared` names a group that does not exist, coefficients are
+                refused by `Mixtures.build`, or the budget is too small for them.
         """
         groups, shared, options = tuple(groups), shared or {}, dict(options or {})
         sizes = {group.name: group.size for group in groups}
@@ -151,27 +148,35 @@ class SearchSpace:
         low = 1.0 - max_ratio
         dimensions = [Dimension(name, low, 1.0, log=True) for name in dict.fromkeys(keeps.values())]
 
-        per_component = coefficients == "per_component" and len(metrics) > 1
-        mixtures = tuple(dict.fromkeys(_mixture(group) for group in groups)) if per_component else ()
-        searched = {_mixture(group) for group in groups if group.name in keeps}
-        prefixes = [f"mix/{mixture}/" for mixture in mixtures if mixture in searched] or ["mix/"]
-        if len(metrics) > 1:
-            dimensions += [
-                Dimension(prefix + metric, 0.0, 1.0, False) for prefix in prefixes for metric in metrics
-            ]
+        mixtures = Mixtures.build(groups, metrics, coefficients)
+        dimensions += [
+            Dimension(mixtures.prefix(key) + metric, 0.0, 1.0, False)
+            for key in mixtures.searched
+            for metric in metrics
+        ]
         dimensions += [
             Dimension(f"option/{name}", bounds.low, bounds.high, log=True, whole=True)
             for name, bounds in options.items()
         ]
         needed = TRIALS_PER_DIMENSION * len(dimensions)
-        if per_component and trials < needed and not force:
+        if len(mixtures.searched) > 1 and trials < needed and not force:
             raise UserError(
-                f"pruning.coefficients 'per_component' makes {len(dimensions)} dimensions, which need "
+                f"pruning.coefficients {coefficients!r} makes {len(dimensions)} dimensions, which need "
                 f"search.trials of at least {needed}, not {trials}: use more, use 'shared', or set "
                 "pruning.coefficients_force to true"
             )
-        return SearchSpace(
-            tuple(dimensions), tuple(metrics), sizes, keeps, mixtures, max_ratio, options, round_to
+        return SearchSpace(tuple(dimensions), sizes, keeps, mixtures, max_ratio, options, round_to)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The importance metrics that are mixed."""
+        return self.mixtures.metrics
+
+    def holds(self, params: Mapping[str, float]) -> bool:
+        """Whether these are values for all dimensions and no others, each inside its bounds."""
+        bounds = {dimension.name: (dimension.low, dimension.high) for dimension in self.dimensions}
+        return params.keys() == bounds.keys() and all(
+            bounds[name][0] <= value <= bounds[name][1] for name, value in params.items()
         )
 
     def to_plan(self, params: Mapping[str, float]) -> PruningPlan:
@@ -184,11 +189,8 @@ class SearchSpace:
         ratios = {
             group: 1.0 - params[self.keeps[group]] if group in self.keeps else 0.0 for group in self.sizes
         }
-        if self.mixtures:
-            return PruningPlan(
-                {mixture: self._mix(params, f"mix/{mixture}/") for mixture in self.mixtures}, ratios
-            )
-        return PruningPlan(self._mix(params, "mix/"), ratios)
+        weights = {key: self._mix(params, self.mixtures.prefix(key)) for key in self.mixtures.searched}
+        return PruningPlan(self.mixtures.coefficients(weights), ratios)
 
     def to_options(self, params: Mapping[str, float]) -> dict[str, int]:
         """The searched options of one point of the space.
@@ -206,7 +208,7 @@ class SearchSpace:
         given is the agent's own.
 
         Raises:
-            UserError: the plan has no coefficients for a component, or has them shared where these are not.
+            UserError: the plan mixes otherwise than this search.
         """
         params: Params = {}
         for group, dimension in self.keeps.items():
@@ -214,14 +216,9 @@ class SearchSpace:
             params.setdefault(dimension, min(max(share, 1.0 - self.max_ratio), 1.0))
         chosen = self._chosen(options)
         params |= {f"option/{name}": bounds.clip(chosen[name]) for name, bounds in self.options.items()}
-        names = {dimension.name for dimension in self.dimensions}
-        for mixture in self.mixtures or ("",):
-            prefix = f"mix/{mixture}/" if mixture else "mix/"
-            if prefix + self.metrics[0] in names:
-                weights = self._weights(plan, mixture)
-                params |= {
-                    prefix + metric: u for metric, u in zip(self.metrics, _coordinates(weights), strict=True)
-                }
+        weights = self.mixtures.weights(plan)
+        for key in self.mixtures.searched:
+            params |= self.coordinates(key, weights[key])
         return params
 
     def anchors(
@@ -257,44 +254,32 @@ class SearchSpace:
         decided = (*kept, *self._chosen(options).values())
         if kept == tuple(self.sizes.values()):
             return decided
-        weights = [tuple(self._weights(plan, mixture)) for mixture in self.mixtures or ("",)]
-        return (*decided, *weights)
+        return (*decided, *map(tuple, self.mixtures.weights(plan).values()))
+
+    def coordinates(self, key: str, weights: Sequence[float]) -> Params:
+        """The coordinates of a searched mixture with these weights of the metrics, up to rounding."""
+        named = (self.mixtures.prefix(key) + metric for metric in self.metrics)
+        return dict(zip(named, _coordinates(weights), strict=True))
+
+    def own_options(self) -> Params:
+        """What options are at where nobody chooses them: as the agent has them, within the bounds."""
+        return {f"option/{name}": bounds.clip(bounds.own) for name, bounds in self.options.items()}
 
     def _chosen(self, options: Mapping[str, int] | None) -> dict[str, int]:
         """Every searched option's value, the agent's own where none is given."""
         return {name: (options or {}).get(name, bounds.own) for name, bounds in self.options.items()}
 
     def _mix(self, params: Mapping[str, float], prefix: str) -> dict[str, float]:
-        """Coefficients from the coordinates with a prefix; equal ones where none are searched."""
-        searched = len(self.metrics) > 1 and any(d.name.startswith(prefix) for d in self.dimensions)
-        weights = simplex([params[prefix + metric] if searched else 1.0 for metric in self.metrics])
+        """Coefficients from the coordinates with a prefix."""
+        weights = simplex([params[prefix + metric] for metric in self.metrics])
         return dict(zip(self.metrics, weights, strict=True))
-
-    def _weights(self, plan: PruningPlan, mixture: str) -> list[float]:
-        weights: object = plan.coefficients.get(mixture) if mixture else plan.coefficients
-        if not isinstance(weights, Mapping) or plan.is_per_component != bool(mixture):
-            expected = f"coefficients for {mixture!r}" if mixture else "coefficients shared by all groups"
-            raise UserError(f"the plan does not fit this search: it has no {expected}")
-        return [float(cast(Mapping[str, float], weights).get(metric, 0.0)) for metric in self.metrics]
 
     def _uniform(self, ratio: float, weights: Mapping[str, float]) -> Params:
         """All groups alike, one mixture everywhere, the agent's own options."""
-        u = dict(zip(self.metrics, _coordinates([weights[metric] for metric in self.metrics]), strict=True))
-        params: Params = {}
-        for dimension in self.dimensions:
-            kind, _, name = dimension.name.partition("/")
-            if kind == "keep":
-                params[dimension.name] = 1.0 - ratio
-            elif kind == "mix":
-                params[dimension.name] = u[name.split("/")[-1]]
-            else:
-                params[dimension.name] = self.options[name].clip(self.options[name].own)
-        return params
-
-
-def _mixture(group: Group) -> str:
-    """The key of a group's coefficients where these are per component."""
-    return COUPLING if group.is_coupling else next(iter(group.components), "")
+        params = dict.fromkeys(self.keeps.values(), 1.0 - ratio)
+        for key in self.mixtures.searched:
+            params |= self.coordinates(key, [weights[metric] for metric in self.metrics])
+        return {**params, **self.own_options()}
 
 
 def _coordinates(weights: Sequence[float]) -> list[float]:

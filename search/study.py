@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,11 +24,12 @@ import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from scipy.stats import qmc
 
 from components.errors import UserError
 from search.estimates import Estimates
 from search.history import worth_keeping
+from search.optimisers import Optimiser, QuasiRandom
+from search.outcomes import Judge, Outcome, attributes_of
 from search.samplers import GaussianProcesses, ParzenEstimators
 from search.space import Anchor, Dimension, Params, SearchSpace
 from search.study_database import StudyDatabase
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOGARITHMIC = frozenset({"parameters", "macs"})
-"""Objectives that the sampler sees as natural logarithms: the front is looked at over log size."""
-
 STARTUP_TRIALS = 10
 """Results that a model-based sampler waits for; anchors count, and where they are more, it waits for them."""
 
 LEARNING_SAMPLERS = ("tpe", "gp")
 """Samplers that learn from the trials of another search: `Study.warm_start`."""
+
+AHEAD = ("qmc", "grid", "gradient")
+"""Samplers that follow a plan, made before the first trial, and learn nothing from results."""
 
 HISTORY = {"tpe": 200, "gp": 250}
 """How many finished trials a sampler learns from at least; half as many more are the most."""
@@ -67,12 +67,14 @@ class Study:
     Args:
         space: what may be chosen.
         objectives: what is traded off, with directions.
-        sampler: `tpe` (multivariate), `nsga2`, `gp`, `random` or `qmc` (quasi-random: a Sobol sequence).
+        sampler: `tpe` (multivariate), `nsga2`, `gp`, `random`, `qmc` (quasi-random: a Sobol sequence), `grid`
+            or `gradient`.
         seed: of all proposals.
         constraints: what feasible trials meet; samplers prefer those.
         database: where finished trials are written for people to look at; None writes none.
         trials: the budget; it sizes the population of `nsga2`.
         anchors: start with the space's anchors.
+        optimiser: of `grid` and `gradient`, what proposes; quasi-random points are what it leaves open.
     """
 
     def __init__(
@@ -86,19 +88,22 @@ class Study:
         *,
         trials: int = 64,
         anchors: bool = True,
+        optimiser: Optimiser | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
-        self._objectives = tuple(objectives)
         self._sampler_name = sampler
         self._seed = seed
-        self._constraints = tuple(constraints)
+        self._judge = Judge(objectives, constraints)
         self._population = min(max(trials // 5, 8), 50)
         self._anchors: tuple[Anchor, ...] = space.anchors() if anchors else ()
+        self._optimisers: tuple[Optimiser, ...] = () if optimiser is None else (optimiser,)
+        if sampler in AHEAD:
+            self._optimisers += (QuasiRandom(space.dimensions, seed),)
         self._distributions: dict[str, BaseDistribution] = {
             dimension.name: _distribution(dimension) for dimension in space.dimensions
         }
-        directions = [objective.direction for objective in self._objectives]
+        directions = [objective.direction for objective in objectives]
         self._directions = directions
         self._optuna = optuna.create_study(directions=directions, sampler=RandomSampler())
         self._running: dict[int, Trial] = {}
@@ -109,8 +114,7 @@ class Study:
         self._remembered: Mapping[int, Proposal] = {}
         self._database = database
         if database is not None:
-            names = [f"log {o.name}" if o.name in LOGARITHMIC else o.name for o in self._objectives]
-            database.start(directions, names)
+            database.start(directions, self._judge.names)
 
     def ask(self, number: int) -> Proposal:
         """What trial `number` is to do, and who proposed it: `anchor: dense`, `tpe`...
@@ -129,7 +133,7 @@ class Study:
             anchor = self._anchors[number]
             trial, origin = self._enqueue(anchor.params), f"anchor: {anchor.label}"
         else:
-            trial, origin = self._propose(number), self._sampler_name
+            trial, origin = self._propose(number)
         params = dict(trial.params)
         proposal = Proposal(self._space.to_plan(params), origin, self._space.to_options(params), params)
         self._decisions.add(self._space.decision(proposal.plan, proposal.options))
@@ -198,7 +202,7 @@ class Study:
         for result in results:
             if not result.complete:
                 continue
-            outcome = self._judge(result)
+            outcome = self._judge.result(result)
             if outcome.values is None:
                 raise UserError(f"trial {result.number} of the other search is of no use: {outcome.reason}")
             if set(result.plan.ratios) != set(self._space.sizes):
@@ -226,11 +230,11 @@ class Study:
         """Tell the sampler of a trial that runs; returns what the database is to hold of it."""
         trial = self._running.pop(result.number)
         self._finished.add(result.number)
-        outcome = self._judge(result)
+        outcome = self._judge.result(result)
         self._estimates.learn(result)
         if result.stopped:
             self._stopped.append((result, trial.params))
-        attributes = _attributes(result, outcome)
+        attributes = attributes_of(result, outcome)
         for key, value in attributes.items():
             trial.set_user_attr(key, value)
         if outcome.values is None:
@@ -261,12 +265,8 @@ class Study:
 
     def _params_of(self, proposal: Proposal) -> Params:
         """The point of the space that was proposed: as it was noted, if it fits, or else from the plan."""
-        dimensions = {dimension.name: dimension for dimension in self._space.dimensions}
-        noted = proposal.params
-        if noted.keys() == dimensions.keys() and all(
-            dimensions[name].low <= value <= dimensions[name].high for name, value in noted.items()
-        ):
-            return dict(noted)
+        if self._space.holds(proposal.params):
+            return dict(proposal.params)
         return self._space.params_of(proposal.plan, proposal.options)
 
     def _enqueue(self, params: Params) -> Trial:
@@ -278,33 +278,27 @@ class Study:
             _ = trial.relative_params  # enters the trial into a generation, which fixed params alone do not
         return trial
 
-    def _propose(self, number: int) -> Trial:
-        """A trial from the sampler whose decision is new, as far as there are new ones to be found."""
+    def _propose(self, number: int) -> tuple[Trial, str]:
+        """A trial whose decision is new, as far as there are new ones to be found, and who proposed it."""
+        for optimiser in self._optimisers:
+            params = optimiser.propose(number)
+            if params is not None and self._is_new(params):
+                return self._enqueue(params), optimiser.origin
         for attempt in range(PROPOSALS):
             last = attempt == PROPOSALS - 1
-            if self._sampler_name == "qmc" and attempt == 0:
-                trial = self._enqueue(self._quasi_random(number))
-            else:
-                seed = int(np.random.SeedSequence([self._seed, number, attempt]).generate_state(1)[0])
-                self._optuna.sampler = RandomSampler(seed) if last else self._make_sampler(seed)
-                with _one_torch_thread():
-                    trial = self._optuna.ask(self._distributions)
-            plan, options = self._space.to_plan(trial.params), self._space.to_options(trial.params)
-            if last or self._space.decision(plan, options) not in self._decisions:
+            seed = int(np.random.SeedSequence([self._seed, number, attempt]).generate_state(1)[0])
+            self._optuna.sampler = RandomSampler(seed) if last else self._make_sampler(seed)
+            with _one_torch_thread():
+                trial = self._optuna.ask(self._distributions)
+            if last or self._is_new(trial.params):
                 break
             self._optuna.tell(trial, state=TrialState.FAIL)  # samplers pass over failed trials
-        return trial
+        return trial, "random" if self._optimisers else self._sampler_name
 
-    def _quasi_random(self, number: int) -> Params:
-        """Point `number` of a scrambled Sobol sequence: the same, however a process came there."""
-        sequence = qmc.Sobol(len(self._space.dimensions), rng=np.random.default_rng(self._seed))
-        if number:
-            sequence.fast_forward(number)
-        [point] = sequence.random(1)
-        return {
-            dimension.name: dimension.at(float(u))
-            for dimension, u in zip(self._space.dimensions, point, strict=True)
-        }
+    def _is_new(self, params: Params) -> bool:
+        """Whether no trial has decided the same."""
+        plan, options = self._space.to_plan(params), self._space.to_options(params)
+        return self._space.decision(plan, options) not in self._decisions
 
     def _make_sampler(self, seed: int) -> BaseSampler:
         startup = max(len(self._anchors), STARTUP_TRIALS)
@@ -327,7 +321,7 @@ class Study:
                     seed=seed,
                     warn_independent_sampling=False,
                 )
-            case "random" | "qmc":
+            case "random" | "qmc" | "grid" | "gradient":
                 return RandomSampler(seed)
         raise ValueError(f"unknown sampler {self._sampler_name!r}")
 
@@ -335,7 +329,7 @@ class Study:
         """The stopped trials that can be estimated, as if they had been measured so: for a model alone."""
         found = []
         for result, params in self._stopped:
-            outcome = self._measured(partial(self._estimates.of, result))
+            outcome = self._judge.measured(partial(self._estimates.of, result))
             if outcome.values is not None:
                 found.append(
                     create_trial(
@@ -347,38 +341,8 @@ class Study:
                 )
         return found
 
-    def _judge(self, result: TrialResult) -> _Outcome:
-        """What the sampler hears of a result."""
-        if result.stopped:
-            return _Outcome(None, {}, None, TrialState.PRUNED)
-        if not result.complete:
-            return _Outcome(None, {}, result.reason or "the trial failed")
-        return self._measured(result.measurement)
-
-    def _measured(self, measurement: Callable[[str], float | None]) -> _Outcome:
-        """The outcome of a trial that measures this by name."""
-        values = []
-        for objective in self._objectives:
-            value = measurement(objective.name)
-            if value is None or not math.isfinite(value):
-                return _Outcome(None, {}, f"objective {objective.name} is {_word(value)}")
-            if objective.name in LOGARITHMIC:
-                if value <= 0:
-                    return _Outcome(
-                        None, {}, f"objective {objective.name} is {value}, which has no logarithm"
-                    )
-                value = math.log(value)
-            values.append(float(value))
-        violations = {}
-        for constraint in self._constraints:
-            measured = measurement(constraint.name)
-            if measured is None or not math.isfinite(measured):
-                return _Outcome(None, {}, f"constraint {constraint.name} is {_word(measured)}")
-            violations[f"{constraint.name} {constraint}"] = constraint.violation(measured)
-        return _Outcome(values, violations, None, TrialState.COMPLETE)
-
     def _projected(
-        self, result: TrialResult, params: Params, outcome: _Outcome, attributes: Mapping[str, object]
+        self, result: TrialResult, params: Params, outcome: Outcome, attributes: Mapping[str, object]
     ) -> FrozenTrial:
         trial = create_trial(
             state=outcome.state,
@@ -393,46 +357,12 @@ class Study:
         return trial
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """Values in the order of the objectives, or None and, of a failure, the reason.
-
-    Violations are <= 0 where feasible.
-    """
-
-    values: list[float] | None
-    violations: dict[str, float]
-    reason: str | None
-    state: TrialState = TrialState.FAIL
-
-
-def _attributes(result: TrialResult, outcome: _Outcome) -> dict[str, object]:
-    """What optuna-dashboard shows beside the values: JSON-able, finite."""
-    names = ["parameters", "size_ratio", "macs", "retention", *result.performance, *result.objectives]
-    attributes: dict[str, object] = {"trial": result.number, "origin": result.origin}
-    for name in names:
-        number = result.measurement(name)
-        if number is not None and math.isfinite(number):
-            attributes[name] = number
-    attributes |= {f"constraint {name}": violation for name, violation in outcome.violations.items()}
-    if result.rung_losses:
-        attributes["rung_loss"] = result.rung_losses[-1][1]
-    attributes["updates"] = result.updates
-    if outcome.reason is not None:
-        attributes["reason"] = outcome.reason
-    return attributes
-
-
 def _feasible(trial: FrozenTrial) -> bool:
     return all(violation <= 0 for violation in trial.constraints.values())
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
-
-
-def _word(value: float | None) -> str:
-    return "missing" if value is None else str(value)
 
 
 def _local_time(iso: str) -> datetime | None:

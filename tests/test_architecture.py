@@ -112,6 +112,7 @@ def test_agents_know_components_by_their_types_only() -> None:
 
 
 OPTUNAS_USERS = {
+    "search.outcomes",
     "search.parameter_importance",
     "search.samplers",
     "search.study",
@@ -176,6 +177,8 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
                 "space",
                 "history",
                 "estimates",
+                "optimisers",
+                "outcomes",
                 "pareto",
                 "samplers",
                 "trial_types",
@@ -184,7 +187,12 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
         ),
         ("samplers", set()),
         ("study_database", {"pareto"}),
-        ("space", {"config"}),
+        ("space", {"config", "mixtures"}),
+        ("mixtures", set()),
+        ("optimisers", {"space"}),
+        ("grid", {"config", "optimisers", "space"}),
+        ("gradient_sweep", {"durable_files", "optimisers", "space"}),
+        ("outcomes", {"config", "trial_types"}),
         ("pareto", set()),
         ("scheduler", {"pareto"}),
         ("rungs", {"trial_types"}),

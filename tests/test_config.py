@@ -88,7 +88,8 @@ pruning:
   fine_tune: {method: distill, updates: 40}
 search:
   trials: 7
-  sampler: nsga2
+  sampler: grid
+  grid: {coefficients: 2, ratios: 5}
   objectives: [parameters, macs, my_score]
   constraints: {retention: ">= 0.5", parameters: "<= 2e3"}
   seed: 4
@@ -126,6 +127,36 @@ storage: postgresql://me@host/studies
             before = default[section].get(key) if isinstance(default[section], dict) else default[section]
             assert value != before, f"{section}.{key}"
     assert parse_experiment(config.to_yaml()) == config
+
+
+def test_coefficients_of_groups_may_be_given() -> None:
+    text = AGENT + "pruning: {coefficients: {encoder.0: {l2: 1, fisher: 2}, coupling: {l2: 0.5}}}\n"
+    config = load(text=text)
+    given = {"encoder.0": {"l2": 1.0, "fisher": 2.0}, "coupling": {"l2": 0.5}}
+    assert config.pruning.mixtures == given
+    assert config.model_dump(mode="json")["pruning"]["coefficients"] == given
+    assert parse_experiment(config.to_yaml()) == config
+    assert changes(load(), config)["pruning.coefficients.coupling.l2"] == (None, 0.5)
+    assert load("pruning.coefficients=per_group").pruning.mixtures == "per_group"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("pruning.coefficients=per_grup", "'per_grup': did you mean 'per_group'? allowed: per_component, "),
+        ("pruning.coefficients=3", "is 3: allowed: shared, per_component, per_group, or a mapping such as"),
+        ("pruning.coefficients={}", "is {}: it must name a group or component, such as {latent: {l2: 1}}"),
+        ("pruning.coefficients={latent: l2}", "pruning.coefficients.latent is 'l2': it must be a mapping of"),
+        ("pruning.coefficients={latent: {l2: many}}", "coefficients.latent is {'l2': 'many'}: it must be a"),
+        ("search.grid={ratios: 3}", "search.grid is for the sampler 'grid', and the sampler is 'auto'"),
+        (
+            "search.grid={ratios: 1}",
+            "search.grid.ratios is 1: it must be a whole number, at least 2, or null",
+        ),
+    ],
+)
+def test_refusals_of_coefficients_and_grids(override: str, expected: str) -> None:
+    assert expected in refusal(override)
 
 
 def test_experiments_are_immutable() -> None:
@@ -195,7 +226,8 @@ def test_faults_of_an_override_name_the_override() -> None:
         (
             "search.trails=3",
             "unknown key search.trails: did you mean 'trials'? allowed: anchors, concurrency, constraints, "
-            "early_stopping, hours, objectives, options, retries, sampler, seed, trial_timeout, trials, "
+            "early_stopping, grid, hours, objectives, options, retries, sampler, seed, trial_timeout, "
+            "trials, "
             "warm_start",
         ),
         (
@@ -237,9 +269,13 @@ def test_faults_of_an_override_name_the_override() -> None:
         ("search.anchors=1", "search.anchors is 1: it must be true or false"),
         (
             "search.sampler=tp",
-            "search.sampler is 'tp': did you mean 'tpe'? allowed: auto, gp, nsga2, qmc, random, tpe",
+            "search.sampler is 'tp': did you mean 'tpe'? allowed: auto, gp, gradient, grid, nsga2, qmc, "
+            "random, tpe",
         ),
-        ("search.sampler=3", "search.sampler is 3: allowed: auto, gp, nsga2, qmc, random, tpe"),
+        (
+            "search.sampler=3",
+            "search.sampler is 3: allowed: auto, gp, gradient, grid, nsga2, qmc, random, tpe",
+        ),
         (
             "search.objectives=parameters",
             "search.objectives is 'parameters': it must be a list, not empty, or null",

@@ -266,6 +266,7 @@ CARTPOLE = "tdmpc, task: cartpole-swingup"
         (TOY, "shared", "{schedule: cosine}", "{}", "cannot lose channels while it trains"),
         (CARTPOLE, "per_trial", "{schedule: cosine}", "{}", "'distill', which learns from the trained base"),
         (AUTOENCODER, "shared", "{schedule: cosine}", "{early_stopping: {}}", "first rung after 30 updates"),
+        (AUTOENCODER, "shared", "{ranking: isomorphic}", "{sampler: gradient}", "threshold for every group"),
         (AUTOENCODER, "shared", "{round_to: 256}", "{}", "more than 256 channels, pruning.round_to"),
     ],
 )

@@ -207,7 +207,7 @@ def test_a_trial_that_fails_is_told_on_an_untrained_base_and_refused_on_a_traine
     assert "a trial of the middle model failed in fine_tune" in error
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random", "qmc"])
 @pytest.mark.parametrize("trials", [1, 2, 30])
 def test_proposals_of_every_sampler_can_be_timed(sampler: str, trials: int) -> None:
     constraint = "search.constraints={retention: '>= 0.5'}"

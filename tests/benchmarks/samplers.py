@@ -8,10 +8,12 @@ size), as a share of what there is to be had.
   m and retains q R(m), R(m) = 1 - 0.9 (0.02 / m)^0.7. The quality q in (0, 1] is 1 only where the shares lie
   about m as they should, which depends on the group and on m, and all weight is on one of the metrics: the
   front, and its hypervolume, are known.
-- `autoencoder`: that experiment on validation data, as a share of 1; one base for each seed.
+- `autoencoder`: that experiment on validation data, as a share of 1; one base for each seed. Only here is
+  there a model for `gradient`.
 
-A search of fewer trials is the beginning of a longer one, but for `nsga2`, whose population goes by the
-budget: the others are run once, with the largest. `seconds` are those that the proposals of it took.
+A search of fewer trials is the beginning of a longer one, but for `nsga2`, `grid` and `gradient`, whose
+population or plan goes by the budget: the others are run once, with the largest. `seconds` are those that the
+proposals of it took, the sweep of `gradient` included.
 
 Intervals are 95 % (Student's t) over the seeds. `winner` names the best in the mean at each budget.
 """
@@ -37,13 +39,13 @@ if TYPE_CHECKING:
     from search.study import Study
     from search.trial_types import Proposal, TrialResult
 
-SAMPLERS = ("tpe", "nsga2", "gp", "random", "qmc")
+SAMPLERS = ("tpe", "nsga2", "gp", "random", "qmc", "grid", "gradient")
 PROBLEMS = ("synthetic", "autoencoder")
 METRICS = ("l2", "fisher", "reconstruction")
 SMALLEST = 0.02
 GROUPS = 8
 
-BUDGETED = frozenset({"nsga2"})
+BUDGETED = frozenset({"nsga2", "grid", "gradient"})
 """Samplers whose proposals depend on how many trials there are going to be."""
 
 Points = list[tuple[float, float]]
@@ -111,6 +113,7 @@ def run_seed(arguments: tuple[str, int, tuple[str, ...], tuple[int, ...]]) -> di
 def _synthetic_search(sampler: str, budget: int, seed: int) -> tuple[Points, float]:
     from agents.agent import Objective
     from components.dependency import Group
+    from search.grid import grid_for
     from search.space import SearchSpace
     from search.study import Study
     from search.trial_types import TrialResult
@@ -118,7 +121,8 @@ def _synthetic_search(sampler: str, budget: int, seed: int) -> tuple[Points, flo
     groups = [Group(f"g{i}", frozenset({"net"}), 1000, ()) for i in range(GROUPS)]
     space = SearchSpace.build(groups, metrics=METRICS, max_ratio=1 - SMALLEST, trials=budget)
     objectives = (Objective("parameters", "minimize", "parameters"), Objective("score", "maximize", "points"))
-    study = Study(space, objectives, sampler, seed, trials=budget)  # type: ignore[arg-type]
+    grid = grid_for(space, budget, len(space.anchors())) if sampler == "grid" else None
+    study = Study(space, objectives, sampler, seed, trials=budget, optimiser=grid)  # type: ignore[arg-type]
 
     def trial(number: int, proposal: Proposal) -> TrialResult:
         plan = proposal.plan
@@ -158,6 +162,9 @@ def _searched(
 def _autoencoder_search(seed: int) -> Callable[[str, int, int], tuple[Points, float]]:
     from search.checked_experiment import CheckedExperiment, check
     from search.config import load_experiment
+    from search.gradient_optimiser import sweep, sweep_points
+    from search.gradient_sweep import GradientSweep
+    from search.prepared_base import prepare
     from search.trial import run_trial
 
     def experiment(*overrides: str) -> CheckedExperiment:
@@ -172,7 +179,14 @@ def _autoencoder_search(seed: int) -> Callable[[str, int, int], tuple[Points, fl
         def trial(number: int, proposal: Proposal) -> TrialResult:
             return run_trial(checked.specify(number, proposal), base)
 
-        return _searched(checked.new_study(), budget, trial)
+        start = time.process_time()
+        optimiser = None
+        if sampler == "gradient":
+            count = sweep_points(budget - checked.anchors)
+            optimiser = GradientSweep(sweep(prepare(base), checked.space, count), checked.anchors)
+        planning = time.process_time() - start
+        points, seconds = _searched(checked.new_study(optimiser=optimiser), budget, trial)
+        return points, planning + seconds
 
     return search
 
@@ -182,16 +196,16 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
     found: dict[str, object] = {"known_hypervolume_synthetic": round(known_hypervolume(), 4)}
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     for problem in options.problems:
-        jobs = [(problem, seed, tuple(options.samplers), tuple(options.budgets)) for seed in seeds]
+        samplers = [name for name in options.samplers if problem != "synthetic" or name != "gradient"]
+        jobs = [(problem, seed, tuple(samplers), tuple(options.budgets)) for seed in seeds]
         with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
             by_seed = list(pool.map(run_seed, jobs))
         found[f"{problem}_seconds"] = {
-            sampler: interval([volumes[sampler, 0] for volumes in by_seed]) for sampler in options.samplers
+            sampler: interval([volumes[sampler, 0] for volumes in by_seed]) for sampler in samplers
         }
         for budget in options.budgets:
             by_sampler = {
-                sampler: interval([volumes[sampler, budget] for volumes in by_seed])
-                for sampler in options.samplers
+                sampler: interval([volumes[sampler, budget] for volumes in by_seed]) for sampler in samplers
             }
             found[f"{problem}_{budget}"] = {
                 **by_sampler,

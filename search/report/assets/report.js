@@ -411,7 +411,8 @@ function courseChart() {
 }
 
 function parallelChart() {
-  const names = Object.keys(content.choices);
+  // Weights that no trial varies, as those that the experiment gives, say nothing here.
+  const names = Object.keys(content.choices).filter((name) => !name.startsWith("weight ") || new Set(content.choices[name].filter(known)).size > 1);
   const measuredOnes = trials.number.map((_, index) => index).filter((index) => trials.status[index] === "complete" && known(trials.retention[index]));
   const indices = [...thinned(measuredOnes.filter((index) => !onFront.has(trials.number[index])), 500), ...measuredOnes.filter((index) => onFront.has(trials.number[index]))];
   const room = document.getElementById("parallel-chart");
