@@ -1,0 +1,197 @@
+"""Pruning step by step against at once: `python tests/benchmarks/gradual.py --json`.
+
+For several base seeds and sizes, all groups pruned alike, every metric of the experiment mixed equally:
+
+- fine-tuning: `one_shot`, `cosine` and `cubic` with the same number of updates of the same base;
+- training from scratch: `cosine` and `cubic` over as many steps as the dense base trains for, against
+  `one_shot_scratch`: a dense agent that trains for two thirds of them, is pruned, and goes on for the rest
+  (only where the agent counts its training in updates).
+
+Reported are the test retention at every size and the processor time of the training from scratch, as a share
+of the dense one's; `slower` is every method's time of fine-tuning over that of `one_shot`. Intervals are 95 %
+(Student's t) over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+
+from figures import run
+from fronts import interval
+
+SIZES = (0.02, 0.05, 0.10)
+CURVES = ("cosine", "cubic")
+
+Figures = dict[str, float]
+"""`method/size` -> retention; `train/method/size` and `tune/method/size` -> processor seconds."""
+
+
+def run_seed(
+    experiment: str, overrides: tuple[str, ...], updates: int | None, from_scratch: bool, seed: int
+) -> Figures:
+    """All methods on one base seed, in a process of its own with one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    from dataclasses import replace
+    from pathlib import Path
+
+    from agents.agent import agent_class
+    from components.mixing import PruningPlan, kept_count
+    from components.schedule import PruningSchedule
+    from components.size import parameter_count
+    from search.arrays import to_tensors
+    from search.base import Base, train_base
+    from search.checked_experiment import check
+    from search.config import load_experiment
+    from search.measurement import performance_of
+    from search.trial import run_trial
+    from search.trial_types import GradualSettings, TrialResult, TrialSpec
+
+    config = load_experiment(experiment, [*overrides, f"base.seed={seed}"])
+    checked = check(config, Path("runs/nowhere"), may_exist=True)
+    settings = checked.trial_settings()
+    updates = updates or settings.fine_tune_updates
+    kind = config.agent.kind
+
+    def tell(what: str) -> None:
+        print(f"seed {seed}: {what}", file=sys.stderr)
+
+    def trained(options: Mapping[str, object]) -> tuple[Base, float]:
+        start = time.process_time()
+        made = train_base(
+            kind,
+            options,
+            seed=seed,
+            metrics=config.pruning.metrics,
+            reconstruction=settings.reconstruction,
+            data=checked.agent.data(),
+        )
+        return made, time.process_time() - start
+
+    def plan_of(base: Base, size: float) -> PruningPlan:
+        """The same kept share everywhere, as large as the size allows."""
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            share = (low + high) / 2
+            widths = {group: kept_count(width, 1 - share) for group, width in base.widths.items()}
+            model = agent_class(kind)(base.options, widths, to_tensors(base.data)).model
+            low, high = (share, high) if parameter_count(model) <= size * base.parameters else (low, share)
+        return PruningPlan(
+            dict.fromkeys(config.pruning.metrics, 1.0), dict.fromkeys(base.widths, 1 - low)
+        )
+
+    def test_retention(base: Base, result: TrialResult, reference: Base) -> float:
+        if not result.complete:
+            raise SystemExit(f"seed {seed}: {result.reason}")
+        assert result.state is not None
+        agent = agent_class(kind)(base.options, result.widths, to_tensors(base.data))
+        agent.load_states({"model": to_tensors(result.state)})
+        return reference.retention(performance_of(agent, "test"), "test")
+
+    def schedule(curve: str, steps: int) -> GradualSettings:
+        end = 2 * steps // 3
+        return GradualSettings(PruningSchedule(curve, 0, end, max(1, end // 10)))  # type: ignore[arg-type]
+
+    figures: Figures = {}
+    base, figures["dense/seconds"] = trained(checked.agent.options)
+    tell(f"the base took {figures['dense/seconds']:.0f} s")
+    shorter = None
+    if from_scratch and "updates" in base.options:
+        total = base.options["updates"]
+        shorter, _ = trained({**base.options, "updates": 2 * total // 3})
+    for size in SIZES:
+        plan = plan_of(base, size)
+        ways = {"one_shot": None} | {curve: schedule(curve, updates) for curve in CURVES}
+        for name, gradual in ways.items():
+            spec = TrialSpec(
+                0, plan, name, seed, replace(settings, fine_tune_updates=updates, gradual=gradual)
+            )
+            start = time.process_time()
+            result = run_trial(spec, base)
+            figures[f"tune/{name}/{size}"] = time.process_time() - start
+            figures[f"{name}/{size}"] = test_retention(base, result, base)
+        if from_scratch:
+            steps = checked.agent.training_steps  # type: ignore[attr-defined]
+            for curve in CURVES:
+                own = replace(
+                    settings, base_mode="per_trial", fine_tune_updates=0, gradual=schedule(curve, steps)
+                )
+                result = run_trial(TrialSpec(0, plan, curve, seed, own), base)
+                figures[f"{curve}_scratch/{size}"] = test_retention(base, result, base)
+                figures[f"train/{curve}_scratch/{size}"] = sum(
+                    seconds for stage, seconds in result.timings.items() if stage != "evaluate"
+                )
+            if shorter is not None:
+                rest = replace(settings, fine_tune_updates=base.options["updates"] - total * 2 // 3)
+                result = run_trial(TrialSpec(0, plan, "one_shot", seed, rest), shorter)
+                figures[f"one_shot_scratch/{size}"] = test_retention(shorter, result, base)
+        tell(", ".join(f"{name} {value:.3f}" for name, value in figures.items() if name.endswith(f"/{size}")))
+    return figures
+
+
+def measure(options: argparse.Namespace) -> Mapping[str, object]:
+    work = partial(
+        run_seed,
+        options.experiment,
+        tuple(options.set),
+        options.updates or None,
+        not options.fine_tuning_only,
+    )
+    seeds = range(100, 100 + options.seeds)
+    if options.processes == 1:
+        by_seed = [work(seed) for seed in seeds]
+    else:
+        with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+            by_seed = list(pool.map(work, seeds))
+    methods = dict.fromkeys(name.split("/")[0] for name in by_seed[0])
+    retention = {
+        method: {
+            f"{100 * size:g}%": interval([figures[f"{method}/{size}"] for figures in by_seed])
+            for size in SIZES
+        }
+        for method in methods
+        if f"{method}/{SIZES[0]}" in by_seed[0]
+    }
+    training = {
+        method: {
+            f"{100 * size:g}%": interval(
+                [figures[f"train/{method}/{size}"] / figures["dense/seconds"] for figures in by_seed]
+            )
+            for size in SIZES
+        }
+        for method in retention
+        if f"train/{method}/{SIZES[0]}" in by_seed[0]
+    }
+    slower = {
+        curve: {
+            f"{100 * size:g}%": interval(
+                [figures[f"tune/{curve}/{size}"] / figures[f"tune/one_shot/{size}"] for figures in by_seed]
+            )
+            for size in SIZES
+        }
+        for curve in CURVES
+    }
+    return {
+        "experiment": options.experiment,
+        "seeds": options.seeds,
+        "test_retention": retention,
+        "training_time_to_dense": training,
+        "slower": slower,
+    }
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--experiment", default="autoencoder", help="default: autoencoder")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as the command's")
+    parser.add_argument("--fine-tuning-only", action="store_true", help="leave out training from scratch")
+
+
+if __name__ == "__main__":
+    run(__doc__, measure, configure, seeds=5, processes=1, updates=0)
