@@ -257,8 +257,8 @@ def test_faults_of_an_override_name_the_override() -> None:
         ("search.anchors=1", "search.anchors is 1: it must be true or false"),
         (
             "search.sampler=tp",
-            "search.sampler is 'tp': did you mean 'tpe'? allowed: auto, gp, gradient, grid, nsga2, qmc, random, "
-            "tpe",
+            "search.sampler is 'tp': did you mean 'tpe'? allowed: auto, gp, gradient, grid, nsga2, qmc, "
+            "random, tpe",
         ),
         (
             "search.sampler=3",
