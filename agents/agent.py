@@ -3,8 +3,8 @@
 An agent is a trainable, evaluable model with named components, built from *widths* (the size of every pruning
 group), so that a pruned agent is one with smaller widths and a smaller state. Any class with the members of
 `Agent` is one; it need not inherit anything. Below `Agent` stands what it may have besides: `Student`,
-`calibration_program`, `shared_ratios`, `searchable_options`, `rehearsal`. `tests/agent_contract.py` checks
-what is promised here.
+`calibration_program`, `shared_ratios`, `searchable_options`, `measurements`, `rehearsal`.
+`tests/agent_contract.py` checks what is promised here.
 """
 
 from __future__ import annotations
@@ -267,6 +267,16 @@ def searchable_options(agent: Agent) -> tuple[str, ...]:
     """
     names: tuple[str, ...] = getattr(agent, "searchable_options", ())
     return names
+
+
+def measurements(agent: Agent) -> Mapping[str, str]:
+    """What `evaluate` reports besides the performance, so that constraints may bound it, name -> unit.
+
+    The agent's `measurements`, or none. The evaluation of a trained agent, and of one that was pruned from it
+    and told so (`Student`), reports each of them, finite, on every split.
+    """
+    named: Mapping[str, str] = getattr(agent, "measurements", {})
+    return named
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import torch
 
-from agents.agent import Agent, Objective, agent_class, rung_methods, searchable_options, shared_ratios
+from agents.agent import (
+    Agent,
+    Objective,
+    agent_class,
+    measurements,
+    rung_methods,
+    searchable_options,
+    shared_ratios,
+)
 from components import UserError
 from components.errors import nearest
 from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
@@ -91,6 +99,7 @@ class CheckedExperiment:
             rungs=early_stopping.rungs_of(pruning.fine_tune.updates) if early_stopping else (),
             base_mode=self.config.base.mode,
             threads=self.threads,
+            constrained=tuple(dict.fromkeys(bound.name for bound in self.config.search.constraints)),
         )
 
     def specify(self, number: int, proposal: Proposal) -> TrialSpec:
@@ -179,7 +188,10 @@ def check(
             f"search.early_stopping ranks trials by a rung loss, which {kind} does not have when it is "
             f"fine-tuned by {method or agent.fine_tune_methods[0]!r}: choose {instead}null"
         )
-    objectives = resolve_objectives(config.search.objectives, config.search.constraints, agent.performance)
+    search = config.search
+    objectives = resolve_objectives(
+        search.objectives, search.constraints, agent.performance, measurements(agent)
+    )
     slow = [objective.name for objective in objectives if objective.name in LATENCIES]
     if slow and config.search.early_stopping is not None:
         raise UserError(

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from search.front import Front, FrontTrial, percent
+from search.stability import HIGH, LOW, STABILITY, stability_sentence
 
 if TYPE_CHECKING:
     from search.base import Base
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 WIDTH = 100
 """Columns of everything that is printed."""
 
+STABILITIES = (STABILITY, LOW, HIGH)
+
 SHOWN_FAILURES = 5
 """Different reasons of failure that are listed."""
 
@@ -26,13 +29,18 @@ SHOWN_FAILURES = 5
 def front_table(front: Front) -> Table:
     """Size, cost and performance of a front's trials, smallest first; performance on test data once known."""
     table = plain_table(f"Front of {front.experiment}: {len(front.trials)} trials")
-    extra = [name for name in _names(front) if name not in ("parameters", "macs", front.performance)]
+    bounded = [constraint.name for constraint in front.constraints]
+    shown = ("parameters", "macs", "size_ratio", "retention", front.performance)
+    extra = [name for name in dict.fromkeys([*_names(front), *bounded]) if name not in (*shown, *STABILITIES)]
+    stable = any(STABILITY in trial.measured for trial in front.trials)
     split = "test" if front.tested else "validation"
     for heading in ("trial", "size", "parameters", "MACs", "retention", "test"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in (front.performance, *extra):
         suffix = f"\n({split})" if name == front.performance else ""
         table.add_column(name.replace("_", " ") + suffix, justify="right")
+    if stable:
+        table.add_column("stability\n(95 %)", justify="right", no_wrap=True)
     options = list(dict.fromkeys(name for trial in front.trials for name in trial.options))
     for name in options:
         table.add_column(name.replace("_", " "), justify="right")
@@ -46,7 +54,8 @@ def front_table(front: Front) -> Table:
             _ratio(trial.retention),
             _ratio(trial.test_retention),
             _number(_performance(trial, front)),
-            *(_number(trial.objectives.get(name)) for name in extra),
+            *(_number(trial.measurement(name)) for name in extra),
+            *([_interval(trial)] if stable else []),
             *(_number(trial.options.get(name)) for name in options),
             trial.origin.removeprefix("anchor: "),
         )
@@ -88,6 +97,30 @@ def hypervolume_line(front: Front) -> str:
             f"; on test data {volumes['test_hypervolume']:.3f} and {volumes['test_hypervolume_linear']:.3f}"
         )
     return line
+
+
+def stability_line(front: Front) -> str:
+    """How far down the front the stability of the base holds; empty where it was not measured."""
+    found = front.stable_compression
+    return "" if found is None else stability_sentence(found)
+
+
+def missed_lines(front: Front) -> list[str]:
+    """Trials that miss a constraint by what was measured at the end: one line each."""
+    lines = []
+    for trial in front.trials:
+        missed = front.missed(trial)
+        if missed is not None:
+            lines.append(
+                f"Trial {trial.trial} misses {missed.name} {missed} by what was measured at the end of the "
+                f"search ({_number(trial.measurement(missed.name))}); select does not take it."
+            )
+    return lines
+
+
+def front_lines(front: Front) -> list[str]:
+    """What stands below the tables of a front."""
+    return [hypervolume_line(front), *filter(None, [stability_line(front)]), *missed_lines(front)]
 
 
 def failure_lines(results: Sequence[TrialResult]) -> list[str]:
@@ -157,6 +190,13 @@ def verification_table(report: VerificationReport) -> Table:
 def plain_table(title: str) -> Table:
     """An empty table as all of the command's look."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _interval(trial: FrontTrial) -> str:
+    """Stability with its interval, such as `0.98 (0.95–1)`."""
+    known = [trial.measured.get(name) for name in (STABILITY, LOW, HIGH)]
+    found = [f"{value:.2f}" for value in known if value is not None]
+    return f"{found[0]} ({found[1]}–{found[2]})" if len(found) == len(known) else "–"
 
 
 def _names(front: Front) -> list[str]:

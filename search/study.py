@@ -37,7 +37,8 @@ from search.trial_types import Proposal, TrialResult
 
 if TYPE_CHECKING:
     from agents.agent import Objective
-    from search.config import Constraint, Sampler
+    from search.config import Sampler
+    from search.constraints import Constraint
 
 logger = logging.getLogger(__name__)
 
@@ -408,7 +409,8 @@ class _Outcome:
 
 def _attributes(result: TrialResult, outcome: _Outcome) -> dict[str, object]:
     """What optuna-dashboard shows beside the values: JSON-able, finite."""
-    names = ["parameters", "size_ratio", "macs", "retention", *result.performance, *result.objectives]
+    sizes = ("parameters", "size_ratio", "macs", "retention")
+    names = [*sizes, *result.performance, *result.latencies, *result.objectives]
     attributes: dict[str, object] = {"trial": result.number, "origin": result.origin}
     for name in names:
         number = result.measurement(name)

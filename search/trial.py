@@ -134,7 +134,7 @@ def _pipeline(
         TrialResult.of(spec, "stopped"),
         parameters=parameters,
         size_ratio=parameters / base.parameters,
-        macs=decision_macs(agent) if settings.rungs and "macs" in settings.objectives else None,
+        macs=decision_macs(agent) if settings.rungs and "macs" in settings.wanted else None,
         base_performance=dict(base.performance),
         component_sizes=component_sizes(dense.graph, agent.model),
         widths=widths,
@@ -174,9 +174,8 @@ def _pipeline(
             agent.load_states({"model": tuned_state})
 
     decision = decision_macs(agent)
-    measured = {"parameters": float(parameters), "macs": float(decision), measure.name: reached}
-    if LATENCIES & set(settings.objectives):
-        measured.update(decision_latency(agent))
+    latencies = decision_latency(agent) if LATENCIES & settings.wanted else {}
+    measured = {"parameters": float(parameters), "macs": float(decision), measure.name: reached, **latencies}
     retention = base.retention(reached)
     _require_finite({**performance, **measured, "retention": retention})
     stages.leave()
@@ -187,6 +186,7 @@ def _pipeline(
         macs=decision,
         retention=retention,
         performance={name: float(value) for name, value in performance.items()},
+        latencies=latencies,
         rungs=tuple(rung for rung in rungs if math.isfinite(rung[1])),
         rung_losses=course.losses,
         fine_tuning=facts,

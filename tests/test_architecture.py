@@ -200,6 +200,7 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
             "report.content",
             {
                 "config",
+                "constraints",
                 "durable_files",
                 "front",
                 "parameter_importance",

@@ -14,7 +14,8 @@ from toy_agents import INPUTS, Toy
 
 from components.errors import UserError
 from search.checked_experiment import CheckedExperiment, check
-from search.config import Constraint, parse_experiment
+from search.config import parse_experiment
+from search.constraints import Constraint
 from search.feasibility import PossibleModel, possible_models, require_reachable
 from search.measurement import decision_macs
 from search.trial import run_trial
@@ -119,7 +120,7 @@ def test_sizes_that_exclude_one_another_are_refused() -> None:
     smallest, _, largest = models_of(checked())
 
     def together(parameters: str, ratio: str) -> None:
-        bounds = [Constraint.parse("parameters", parameters), Constraint.parse("size_ratio", ratio)]
+        bounds = [*Constraint.parse("parameters", parameters), *Constraint.parse("size_ratio", ratio)]
         require_reachable(bounds, smallest, largest, Toy.performance)
 
     full = largest.parameters
@@ -138,7 +139,7 @@ def test_retention_and_errors_have_limits_as_far_as_they_are_known(tmp_path) -> 
     perfect = ready.base.retention(0.0)
 
     def check_one(name: str, text: str, base=None) -> None:
-        require_reachable([Constraint.parse(name, text)], smallest, largest, Toy.performance, base)
+        require_reachable(Constraint.parse(name, text), smallest, largest, Toy.performance, base)
 
     check_one("retention", ">= 5")  # nothing is known before the base is trained
     check_one("retention", f">= {perfect}", ready.base)

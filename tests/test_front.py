@@ -17,7 +17,7 @@ from rich.console import Console
 
 from components import UserError
 from components.mixing import PruningPlan
-from search.config import Constraint
+from search.constraints import Constraint
 from search.durable_files import CorruptFileError
 from search.front import Front, Remeasured, build_front, front_results, percent
 from search.front_table import (
@@ -43,6 +43,7 @@ BASE = SimpleNamespace(
     widths={"latent": 8},
     seed=0,
     training_seconds=1.5,
+    reported={},
 )
 
 

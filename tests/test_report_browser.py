@@ -135,9 +135,7 @@ def test_a_point_that_is_clicked_is_shown_beside_the_chart(opened, report) -> No
     assert row.get_attribute("aria-current") == "true"
     index = content["trials"]["number"].index(front[0])
     page.evaluate("document.getElementById('front-chart').scrollIntoView()")
-    place = hover(
-        page, 100 * content["trials"]["size_ratio"][index], content["trials"]["retention"][index]
-    )
+    place = hover(page, 100 * content["trials"]["size_ratio"][index], content["trials"]["retention"][index])
     assert f"Trial {front[0]}" in page.locator("#front-chart").inner_text()
     page.mouse.click(*place)
     assert page.locator("#detail h3").inner_text() == f"Trial {front[0]}"

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from components import UserError
 from search import pareto
-from search.config import Constraint, parse_experiment
+from search.config import parse_experiment
+from search.constraints import Constraint
 from search.durable_files import read_arrays, read_json
 from search.front import Front, feasible
 from search.parameter_importance import choices, parameter_importance
