@@ -22,6 +22,9 @@ WIDTH = 100
 
 STABILITIES = (STABILITY, LOW, HIGH)
 
+MOST_EXTRA = 3
+"""Columns besides the usual ones that leave room for who proposed a trial; stability is as wide as two."""
+
 SHOWN_FAILURES = 5
 """Different reasons of failure that are listed."""
 
@@ -44,7 +47,9 @@ def front_table(front: Front) -> Table:
     options = list(dict.fromkeys(name for trial in front.trials for name in trial.options))
     for name in options:
         table.add_column(name.replace("_", " "), justify="right")
-    table.add_column("proposed by", overflow="ellipsis", no_wrap=True)
+    by_whom = len(extra) + len(options) + 2 * stable <= MOST_EXTRA
+    if by_whom:
+        table.add_column("proposed by", overflow="ellipsis", no_wrap=True)
     for trial in front.trials:
         table.add_row(
             str(trial.trial),
@@ -57,7 +62,7 @@ def front_table(front: Front) -> Table:
             *(_number(trial.measurement(name)) for name in extra),
             *([_interval(trial)] if stable else []),
             *(_number(trial.options.get(name)) for name in options),
-            trial.origin.removeprefix("anchor: "),
+            *([trial.origin.removeprefix("anchor: ")] if by_whom else []),
         )
     return table
 
@@ -193,10 +198,12 @@ def plain_table(title: str) -> Table:
 
 
 def _interval(trial: FrontTrial) -> str:
-    """Stability with its interval, such as `0.98 (0.95–1)`."""
-    known = [trial.measured.get(name) for name in (STABILITY, LOW, HIGH)]
-    found = [f"{value:.2f}" for value in known if value is not None]
-    return f"{found[0]} ({found[1]}–{found[2]})" if len(found) == len(known) else "–"
+    """Stability with its interval, as short as can be: `0.98 .95–1`."""
+    value, low, high = (trial.measured.get(name) for name in STABILITIES)
+    if value is None or low is None or high is None:
+        return "–"
+    ends = [f"{end:.2f}".removeprefix("0").replace("1.00", "1").replace(".00", "0") for end in (low, high)]
+    return f"{value:.2f} {ends[0]}–{ends[1]}"
 
 
 def _names(front: Front) -> list[str]:

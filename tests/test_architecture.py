@@ -206,6 +206,7 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
                 "parameter_importance",
                 "pareto",
                 "run_directory",
+                "stability",
                 "trial_types",
             },
         ),

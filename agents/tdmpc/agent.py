@@ -68,7 +68,7 @@ class TDMPC:
         self._moments: dict[str, dict[str, Tensor]] | None = None
         self._data = None if data is None else {name: rows.to(self.device) for name, rows in data.items()}
         self._planner: tuple[tuple[int, ...], Planner] | None = None
-        self._lyapunov: tuple[tuple[int, ...], stability.Candidate] | None = None
+        self._lyapunov: tuple[tuple[object, ...], stability.Candidate] | None = None
         self._base: TDMPC | None = None
         self._kept_latent: Tensor | None = None
         self._distilling: Distillation | None = None
@@ -490,11 +490,11 @@ class TDMPC:
 
     def _current_lyapunov(self, kind: Literal["value", "quadratic"]) -> stability.Candidate:
         """The candidate of the present weights, from the end of this agent's experience."""
-        versions = self._versions
-        if self._lyapunov is None or self._lyapunov[0] != versions:
+        key = (kind, *self._versions)
+        if self._lyapunov is None or self._lyapunov[0] != key:
             make = stability.value_candidate if kind == "value" else stability.quadratic_candidate
             episodes = self._replay.last_episodes(stability.REFERENCE_EPISODES)
-            self._lyapunov = versions, make(_world(self.model), episodes)
+            self._lyapunov = key, make(_world(self.model), episodes)
         return self._lyapunov[1]
 
     def _current_planner(self) -> Planner:
