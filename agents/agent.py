@@ -3,7 +3,8 @@
 An agent is a trainable, evaluable model with named components, built from *widths* (the size of every pruning
 group), so that a pruned agent is one with smaller widths and a smaller state. Any class with the members of
 `Agent` is one; it need not inherit anything. Below `Agent` stands what it may have besides: `Student`,
-`Rankable`, `Shrinkable`, `calibration_program`, `shared_ratios`, `searchable_options`, `rehearsal`.
+`Rankable`, `Shrinkable`, `calibration_program`, `shared_ratios`, `searchable_options`, `task_loss`,
+`measurements`, `rehearsal`.
 `tests/agent_contract.py` checks what is promised here.
 """
 
@@ -312,6 +313,16 @@ def task_loss(agent: Agent, outputs: Mapping[str, Tensor], inputs: Mapping[str, 
     """
     own: Callable[..., Tensor] | None = getattr(agent, "task_loss", None)
     return None if own is None else own(outputs, inputs)
+
+
+def measurements(agent: Agent) -> Mapping[str, str]:
+    """What `evaluate` reports besides the performance, so that constraints may bound it, name -> unit.
+
+    The agent's `measurements`, or none. The evaluation of a trained agent, and of one that was pruned from it
+    and told so (`Student`), reports each of them, finite, on every split.
+    """
+    named: Mapping[str, str] = getattr(agent, "measurements", {})
+    return named
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ Trained once, or inside every trial (`base: {mode: per_trial}`), handed to all w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from components.tracker import USUAL, ImportanceTracker, Tracking
 from search.arrays import Arrays, to_arrays
 from search.determinism import deterministic
 from search.gpu_memory import peak_share
-from search.measurement import Split, decision_macs, performance_of
+from search.measurement import Split, decision_macs
 
 Progress = Callable[[int, int, str], None]
 """Called along training with (steps done, steps in total, a few words)."""
@@ -56,6 +57,8 @@ class Base:
         macs: multiply-accumulate operations of one decision.
         performance: split -> the agent's performance measure; empty where the base is not trained.
         trivial: split -> the same measure for a trivial agent.
+        reported: everything that the agent's evaluation reports on validation data, finite; empty where the
+            base is not trained.
         training_seconds: wall time of the training; 0 where the base is not trained.
         gpu_share: of its GPU's memory, what training and evaluation took at their peak; None without a GPU.
     """
@@ -76,6 +79,7 @@ class Base:
     trivial: Mapping[str, float]
     training_seconds: float
     gpu_share: float | None = None
+    reported: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def trained(self) -> bool:
@@ -133,10 +137,15 @@ def train_base(
         start = time.perf_counter()
         agent.train(seed, tracker, progress)
         seconds = time.perf_counter() - start
+        scored = scored_base(kind, agent, graph, tracker, seed, metrics, reconstruction)
+        reports = {split: agent.evaluate(split) for split in SPLITS}
         base = replace(
-            scored_base(kind, agent, graph, tracker, seed, metrics, reconstruction),
-            performance={split: performance_of(agent, split) for split in SPLITS},
+            scored,
+            performance={split: float(report[agent.performance.name]) for split, report in reports.items()},
             training_seconds=seconds,
+            reported={
+                name: float(value) for name, value in reports["validation"].items() if math.isfinite(value)
+            },
         )
         base = replace(base, gpu_share=gpu_share())
     _require_better_than_trivial(base, agent)

@@ -72,6 +72,7 @@ def save_base(base: Base, directory: Path) -> None:
             "macs": base.macs,
             "performance": dict(base.performance),
             "trivial": dict(base.trivial),
+            "reported": dict(base.reported),
             "training_seconds": base.training_seconds,
             **({} if base.gpu_share is None else {"gpu_share": base.gpu_share}),
             "environment": environment(),
@@ -109,6 +110,7 @@ def load_base(directory: Path) -> Base:
         trivial=_by_split(metrics_file, metrics, "trivial"),
         training_seconds=number(metrics_file, metrics, "training_seconds"),
         gpu_share=number(metrics_file, metrics, "gpu_share") if "gpu_share" in metrics else None,
+        reported=_reported(metrics_file, metrics),
     )
     _check_shapes(base, directory)
     return base
@@ -183,6 +185,11 @@ def _check_shapes(base: Base, directory: Path) -> None:
 def _by_split(path: Path, content: Mapping[str, Any], name: str) -> dict[str, float]:
     values = field(path, content, name, dict)
     return {split: number(path, values, split) for split in SPLITS}
+
+
+def _reported(path: Path, content: Mapping[str, Any]) -> dict[str, float]:
+    values = field(path, content, "reported", dict) if "reported" in content else {}  # bases of before
+    return {name: number(path, values, name) for name in values}
 
 
 def _flat(nested: Mapping[str, Arrays]) -> dict[str, np.ndarray]:

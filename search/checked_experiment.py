@@ -14,6 +14,7 @@ from agents.agent import (
     Objective,
     Shrinkable,
     agent_class,
+    measurements,
     rung_methods,
     searchable_options,
     shared_ratios,
@@ -116,6 +117,7 @@ class CheckedExperiment:
             base_mode=self.config.base.mode,
             tracking=self.config.base.importance.tracking,
             threads=self.threads,
+            constrained=tuple(dict.fromkeys(bound.name for bound in self.config.search.constraints)),
         )
 
     @property
@@ -214,7 +216,10 @@ def check(
             f"fine-tuned by {method or agent.fine_tune_methods[0]!r}: choose {instead}null"
         )
     _schedule(config, agent)
-    objectives = resolve_objectives(config.search.objectives, config.search.constraints, agent.performance)
+    search = config.search
+    objectives = resolve_objectives(
+        search.objectives, search.constraints, agent.performance, measurements(agent)
+    )
     slow = [objective.name for objective in objectives if objective.name in LATENCIES]
     if slow and config.search.early_stopping is not None:
         raise UserError(

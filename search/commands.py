@@ -19,14 +19,14 @@ from search.front import Front, percent
 from search.front_table import (
     WIDTH,
     base_line,
+    front_lines,
     front_table,
-    hypervolume_line,
     retention_table,
     verification_table,
 )
 from search.paste import command_name
 from search.run_directory import RunDirectory
-from search.selection import Wish
+from search.selection import Wish, unmet
 from search.selection import select as choose
 
 
@@ -269,11 +269,12 @@ def load(options: argparse.Namespace) -> tuple[ExperimentConfig, Path]:
 def print_front(found: Front, console: Console) -> None:
     """A front as tables, with its hypervolumes."""
     if not found.trials:
-        print(f"The front of {found.experiment} is empty: no complete trial meets the constraints.")
+        print(f"The front of {found.experiment} is empty: {unmet(found)}.")
         return
     console.print(front_table(found))
     console.print(retention_table(found))
-    print(hypervolume_line(found))
+    for line in front_lines(found):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _wish(options: argparse.Namespace) -> Wish:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -31,6 +31,7 @@ from components.schedule import PruningSchedule
 from components.tracker import DECAY, EVERY, SNAPSHOTS, Tracking
 from search import experiment_yaml
 from search.config_errors import Fault, sentence, shown
+from search.constraints import Constraint, parse_all, written
 
 if TYPE_CHECKING:
     from agents.agent import Objective
@@ -60,57 +61,25 @@ COSTS = {
 PERFORMANCES = ("reconstruction_error", "return")
 """What the agents that come with the package call their performance."""
 
-MEASURED = ("parameters", "size_ratio", "macs", "retention")
-"""What every trial measures, so that constraints may name it; the objectives are measured as well."""
+REPORTED = {
+    "tdmpc": (
+        "return_standard_error",
+        "worst_return",
+        "stability",
+        "stability_low",
+        "stability_high",
+        "lyapunov_decrease",
+    )
+}
+"""Kind of agent -> what its evaluation reports besides, of those that come with the package: what
+`agents.agent.measurements` gives, known before the agent is imported."""
 
-
-@dataclass(frozen=True)
-class Constraint:
-    """A bound that a trial must meet to be feasible, such as `retention >= 0.5`.
-
-    Attributes:
-        name: an objective or another measurement of a trial.
-        operator: `>=` or `<=`.
-        bound: in the unit of the measurement, finite.
-    """
-
-    name: str
-    operator: Literal[">=", "<="]
-    bound: float
-
-    def violation(self, value: float) -> float:
-        """By how much a value misses the bound: <= 0 where it is met. NaN stays NaN."""
-        return self.bound - value if self.operator == ">=" else value - self.bound
-
-    @staticmethod
-    def parse(name: str, text: object) -> Constraint:
-        """The constraint that YAML writes as `name: ">= 0.5"`.
-
-        Raises:
-            Fault: the text is not `>=` or `<=` followed by a finite number; a `ValueError`.
-        """
-        match = re.fullmatch(r"\s*(>=|<=)\s*(\S+)\s*", text) if isinstance(text, str) else None
-        try:
-            bound = float(match[2]) if match else math.nan
-        except ValueError:
-            bound = math.nan
-        if match is None or not math.isfinite(bound):
-            reason = "it must be '>=' or '<=' and a number, such as '>= 0.5'"
-            raise Fault(reason, key=name, value=shown(text))
-        return Constraint(name, ">=" if match[1] == ">=" else "<=", bound)
-
-    def __str__(self) -> str:
-        return f"{self.operator} {self.bound!r}"
+MEASURED = ("parameters", "size_ratio", "macs", "retention", "latency_median_ms", "latency_p99_ms")
+"""What every trial can measure, so that constraints may name it, objective or not."""
 
 
 def _parse_constraints(value: object) -> object:
-    if isinstance(value, Mapping):
-        return tuple(Constraint.parse(str(name), text) for name, text in value.items())
-    return value
-
-
-def _write_constraints(constraints: tuple[Constraint, ...]) -> dict[str, str]:
-    return {constraint.name: str(constraint) for constraint in constraints}
+    return parse_all(value) if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True)
@@ -213,9 +182,7 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-Constraints = Annotated[
-    tuple[Constraint, ...], BeforeValidator(_parse_constraints), PlainSerializer(_write_constraints)
-]
+Constraints = Annotated[tuple[Constraint, ...], BeforeValidator(_parse_constraints), PlainSerializer(written)]
 
 
 SearchedOptions = Annotated[
@@ -463,7 +430,9 @@ class SearchConfig(_Section):
         grid: how fine the grid of `sampler: grid` is; null leaves that to the budget.
         objectives: two or more give a front; null means `parameters` and the agent's performance. Names are
             `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` and the agent's for its performance.
-        constraints: bounds that feasible trials meet, such as `{retention: ">= 0.5"}`.
+        constraints: bounds that feasible trials meet, such as `{retention: ">= 0.5, <= 0.9"}`, on whatever a
+            trial can measure, objective or not: `parameters`, `size_ratio`, `macs`, `retention`, latencies,
+            the performance, and what else the agent's evaluation reports, such as TD-MPC's `stability`.
         options: whole-number options of the agent to choose for every trial, with bounds, such as
             `{samples: [32, 256]}`: those that change how it acts and not its shapes; the agent says which.
         seed: of all proposals and trials, >= 0.
@@ -593,7 +562,9 @@ class ExperimentConfig(_Section):
     def _known_measurements(self) -> ExperimentConfig:
         # What a user's own agent calls its performance is known to it alone: see `resolve_objectives`.
         if ":" not in self.agent.kind:
-            _check_measurements(self.search.objectives or (), self.search.constraints, PERFORMANCES)
+            search = self.search
+            reported = REPORTED.get(self.agent.kind, ())
+            _check_measurements(search.objectives or (), search.constraints, PERFORMANCES, reported)
         return self
 
     @property
@@ -686,7 +657,10 @@ def parse_experiment(
 
 
 def resolve_objectives(
-    names: Sequence[str] | None, constraints: Sequence[Constraint], performance: Objective
+    names: Sequence[str] | None,
+    constraints: Sequence[Constraint],
+    performance: Objective,
+    reported: Collection[str] = (),
 ) -> tuple[Objective, ...]:
     """The objectives of a search with direction and unit, once the agent's own is known.
 
@@ -694,6 +668,7 @@ def resolve_objectives(
         names: as configured; None means `parameters` and the agent's performance.
         constraints: checked as well: each must name something that a trial measures.
         performance: the agent's.
+        reported: what else the agent's evaluation reports.
 
     Raises:
         UserError: an objective or constraint names nothing that this agent's trials measure.
@@ -702,7 +677,7 @@ def resolve_objectives(
 
     chosen = tuple(names) if names is not None else ("parameters", performance.name)
     try:
-        _check_measurements(chosen, constraints, (performance.name,))
+        _check_measurements(chosen, constraints, (performance.name,), reported)
     except Fault as fault:
         raise UserError(f"{fault.key} {fault}") from None
     return tuple(
@@ -712,7 +687,10 @@ def resolve_objectives(
 
 
 def _check_measurements(
-    objectives: Sequence[str], constraints: Sequence[Constraint], performances: Sequence[str]
+    objectives: Sequence[str],
+    constraints: Sequence[Constraint],
+    performances: Sequence[str],
+    reported: Collection[str],
 ) -> None:
     """Refuse names of what trials do not measure.
 
@@ -723,7 +701,7 @@ def _check_measurements(
         if name not in COSTS and name not in performances:
             allowed = nearest(name, [*COSTS, *performances])
             raise Fault(f"has the unknown objective {name!r}: {allowed}", key="search.objectives")
-    measured = {*MEASURED, *performances, *objectives}
+    measured = {*MEASURED, *performances, *reported}
     for constraint in constraints:
         if constraint.name not in measured:
             allowed = nearest(constraint.name, measured)

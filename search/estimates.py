@@ -34,7 +34,8 @@ class Estimates:
         """A measurement of a stopped trial, where it has none an estimate.
 
         Linear between the measurements of the complete trials whose rung losses were next below and above at
-        its last rung, and that of the nearest one outside of their range.
+        its last rung, and that of the nearest one outside of their range. A latency says nothing of how well
+        a model does, and goes by the number of parameters instead.
 
         Returns None where no complete trial reached that rung and measured it.
         """
@@ -42,12 +43,13 @@ class Estimates:
         if known is not None or not stopped.rung_losses:
             return known
         rung, loss = stopped.rung_losses[-1]
+        by_size = name.startswith("latency_")
         pairs = sorted(
-            (dict(result.rung_losses)[rung], measured)
+            (float(result.parameters or 0) if by_size else dict(result.rung_losses)[rung], measured)
             for result in self._complete
             if rung in dict(result.rung_losses) and (measured := result.measurement(name)) is not None
         )
         if not pairs:
             return None
-        losses, measurements = np.array(pairs).T
-        return float(np.interp(loss, losses, measurements))
+        known_at, measurements = np.array(pairs).T
+        return float(np.interp(float(stopped.parameters or 0) if by_size else loss, known_at, measurements))

@@ -15,7 +15,7 @@ from agents.agent import Agent, Objective, agent_class
 from components.errors import UserError
 from components.mixing import PruningPlan, kept_count
 from components.size import parameter_count
-from search.config import Constraint
+from search.constraints import Constraint
 from search.measurement import LATENCIES, decision_macs
 from search.space import SearchSpace
 
@@ -24,8 +24,20 @@ if TYPE_CHECKING:
 
 Name = Literal["smallest", "middle", "largest"]
 
-NEVER_NEGATIVE = frozenset({"reconstruction_error", *LATENCIES})
+SHARES = ("stability", "stability_low", "stability_high")
+"""Measurements in [0, 1]."""
+
+NEVER_NEGATIVE = frozenset({"reconstruction_error", *LATENCIES, *SHARES})
 """Measurements that cannot be below 0."""
+
+ORDERED = (
+    ("latency_median_ms", "latency_p99_ms"),
+    ("stability_low", "stability"),
+    ("stability", "stability_high"),
+    ("stability_low", "stability_high"),
+    ("worst_return", "return"),
+)
+"""Measurements of which the first is never above the second."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,8 @@ def require_reachable(
 
     Sizes and multiply-accumulates lie between those of the smallest and the largest model; errors are never
     below 0, so that retention has a limit too once the base is trained. Each constraint is looked at alone,
-    `parameters` and `size_ratio` together as well; what models of a limited size can achieve is not known.
+    and `parameters` and `size_ratio`, and measurements that are `ORDERED`, together as well; what models of a
+    limited size can achieve is not known.
 
     Args:
         constraints: of the search.
@@ -101,6 +114,7 @@ def require_reachable(
                 f"{_shown(nearest, constraint.operator)}"
             )
     _require_compatible_sizes(constraints, largest.parameters)
+    _require_order(constraints)
 
 
 def _possible(name: Name, kind: str, agent: Agent, space: SearchSpace) -> PossibleModel:
@@ -133,8 +147,10 @@ def _ranges(
     for measurement, amount in sizes.items():
         called = (f"the smallest possible model has {amount}", f"the largest possible model has {amount}")
         ranges[measurement] = (getattr(smallest, measurement), getattr(largest, measurement), called)
-    for measurement in {performance.name, *LATENCIES} & NEVER_NEGATIVE:
-        ranges[measurement] = (0.0, math.inf, (f"{measurement.replace('_', ' ')} is never below {{}}", ""))
+    for measurement in {performance.name, *LATENCIES, *SHARES} & NEVER_NEGATIVE:
+        most = 1.0 if measurement in SHARES else math.inf
+        words = measurement.replace("_", " ")
+        ranges[measurement] = (0.0, most, (f"{words} is never below {{}}", f"{words} is never above {{}}"))
     if base is not None and base.trained and performance.name in NEVER_NEGATIVE:
         most = base.retention(0.0)
         called = ("", f"with a {performance.name.replace('_', ' ')} of 0, retention is {{}}")
@@ -144,18 +160,38 @@ def _ranges(
 
 def _require_compatible_sizes(constraints: Sequence[Constraint], base_parameters: int) -> None:
     """Refuse bounds on `parameters` and `size_ratio` that exclude one another."""
-    by_name = {constraint.name: constraint for constraint in constraints}
-    if not {"parameters", "size_ratio"} <= by_name.keys():
-        return
-    parameters, ratio = by_name["parameters"], by_name["size_ratio"]
-    implied = ratio.bound * base_parameters
-    low, high = sorted((parameters.bound, implied))
-    wants_high = parameters if parameters.bound == high else ratio
-    if parameters.operator != ratio.operator and wants_high.operator == ">=" and low < high:
-        raise UserError(
-            f"search.constraints.parameters is '{parameters}' and search.constraints.size_ratio '{ratio}', "
-            f"which no trial can meet together: that size ratio is {implied:,.1f} parameters"
+    for parameters, ratio in _pairs(constraints, "parameters", "size_ratio"):
+        implied = ratio.bound * base_parameters
+        upper, lower = (
+            (parameters.bound, implied) if parameters.operator == "<=" else (implied, parameters.bound)
         )
+        if parameters.operator != ratio.operator and lower > upper:
+            raise UserError(
+                f"search.constraints.parameters is '{parameters}' and search.constraints.size_ratio "
+                f"'{ratio}', which no trial can meet together: that size ratio is {implied:,.1f} parameters"
+            )
+
+
+def _require_order(constraints: Sequence[Constraint]) -> None:
+    """Refuse a lower bound on what is never above something whose upper bound is less."""
+    for smaller, larger in ORDERED:
+        for low, high in _pairs(constraints, smaller, larger):
+            if low.operator == ">=" and high.operator == "<=" and low.bound > high.bound:
+                raise UserError(
+                    f"search.constraints.{smaller} is '{low}' and search.constraints.{larger} '{high}', "
+                    f"which no trial can meet together: {smaller} is never above {larger}"
+                )
+
+
+def _pairs(constraints: Sequence[Constraint], first: str, second: str) -> list[tuple[Constraint, Constraint]]:
+    """Every bound on one measurement with every one on another."""
+    return [
+        (one, other)
+        for one in constraints
+        if one.name == first
+        for other in constraints
+        if other.name == second
+    ]
 
 
 def _shown(value: float, operator: str = "") -> str:

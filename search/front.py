@@ -7,20 +7,23 @@ once at the end, stands beside it and decides nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from search import pareto
+from search.config_errors import Fault
+from search.constraints import Constraint, parse_all, written
 from search.durable_files import CorruptFileError, field, number
+from search.stability import StableCompression, stability_sentence, stable_compression
 
 if TYPE_CHECKING:
     from agents.agent import Objective
     from components.mixing import Coefficients
     from search.base import Base
-    from search.config import Constraint
     from search.trial_types import TrialResult
 
 REFERENCE_POINT = {"size_ratio": 1.0, "retention": 0.0}
@@ -39,7 +42,7 @@ class Remeasured:
         performance: the agent's performance measure on test data.
         retention: the same as retention, of test data.
         latencies: `latency_median_ms` and `latency_p99_ms`, one trial at a time on an otherwise idle machine;
-            empty where no latency was asked for.
+            empty where no latency was asked for, as an objective or by a constraint.
         host: where that was.
     """
 
@@ -64,6 +67,7 @@ class FrontTrial:
         options: options of the agent that were searched.
         bundle: path of its bundle, relative to the run directory.
         latency_host: where latencies were measured; None where none were.
+        measured: what else was: what the agent's evaluation reports on validation data, and latencies.
     """
 
     trial: int
@@ -80,6 +84,18 @@ class FrontTrial:
     options: Mapping[str, int]
     bundle: str
     latency_host: str | None = None
+    measured: Mapping[str, float] = dataclass_field(default_factory=dict)
+
+    def measurement(self, name: str) -> float | None:
+        """An objective, a size, the retention or what else was measured; None if it was not."""
+        own = {
+            "parameters": self.parameters,
+            "size_ratio": self.size_ratio,
+            "macs": self.macs,
+            "retention": self.retention,
+        }
+        value = {**self.measured, **own, **self.objectives}.get(name)
+        return None if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -90,8 +106,9 @@ class Front:
         experiment: the name of the search.
         objectives: each with `name`, `direction` and `unit`.
         performance: which name the agent's performance has.
-        base: `parameters`, `macs`, `performance`, `trivial`, `seed`, `training_seconds`.
+        base: `parameters`, `macs`, `performance`, `trivial`, `reported`, `seed`, `training_seconds`.
         trials: sorted by parameters, then by retention.
+        constraints: of the search, which all trials met in it.
     """
 
     experiment: str
@@ -99,11 +116,28 @@ class Front:
     performance: str
     base: Mapping[str, Any]
     trials: tuple[FrontTrial, ...]
+    constraints: tuple[Constraint, ...] = ()
 
     @property
     def tested(self) -> bool:
         """True once every trial was measured on test data."""
         return all(trial.test_retention is not None for trial in self.trials)
+
+    def missed(self, trial: FrontTrial) -> Constraint | None:
+        """The first constraint that a trial misses by what is known of it in the end; None if it meets all.
+
+        All met them when the search measured them; latencies may be others when measured again at its end.
+        """
+        for constraint in self.constraints:
+            value = trial.measurement(constraint.name)
+            if value is None or not constraint.violation(value) <= 0:
+                return constraint
+        return None
+
+    @property
+    def stable_compression(self) -> StableCompression | None:
+        """How far down the front the stability of the base holds; None where that was not measured."""
+        return stable_compression(self.base.get("reported") or {}, self.trials)
 
     def hypervolumes(self) -> dict[str, float]:
         """`hypervolume` (over log size), `hypervolume_linear`, and both with `test_` for test data."""
@@ -175,17 +209,22 @@ class Front:
                     "bundle": trial.bundle,
                 }
             )
+            if trial.measured:
+                entry["measured"] = dict(trial.measured)
             if trial.latency_host is not None:
                 entry["latency_host"] = trial.latency_host
             trials.append(entry)
+        stable = self.stable_compression
         return {
             "experiment": self.experiment,
             "objectives": [dict(objective) for objective in self.objectives],
             "performance": self.performance,
+            "constraints": written(self.constraints),
             "base": dict(self.base),
             "reference_point": {**REFERENCE_POINT, "smallest_size_ratio": pareto.SMALLEST_SIZE},
             **self.hypervolumes(),
             "retention_at": self.retention_at(),
+            "stability": None if stable is None else {**asdict(stable), "words": stability_sentence(stable)},
             "trials": trials,
         }
 
@@ -204,12 +243,18 @@ class Front:
         if not all(isinstance(entry, dict) for entry in trials):
             raise CorruptFileError(f"{path} is corrupt: 'trials' holds something that is no object")
         names = [entry["name"] for entry in objectives]
+        bounds = field(path, content, "constraints", dict) if "constraints" in content else {}
+        try:
+            constraints = parse_all(bounds)
+        except Fault as fault:
+            raise CorruptFileError(f"{path} is corrupt: constraints.{fault.key} {fault}") from None
         return Front(
             experiment=field(path, content, "experiment", str),
             objectives=tuple(objectives),
             performance=performance,
             base=field(path, content, "base", dict),
             trials=tuple(_front_trial(path, entry, names, performance) for entry in trials),
+            constraints=constraints,
         )
 
 
@@ -235,6 +280,7 @@ def build_front(
     base: Base,
     members: Sequence[TrialResult],
     remeasured: Mapping[int, Remeasured] | None = None,
+    constraints: Sequence[Constraint] = (),
 ) -> Front:
     """The front of these results, as `front_results` gives them.
 
@@ -245,6 +291,7 @@ def build_front(
         base: what the trials were pruned from.
         members: complete results, sorted.
         remeasured: trial -> what it reached at the end of the search.
+        constraints: of the search.
     """
     again = remeasured or {}
     return Front(
@@ -256,11 +303,13 @@ def build_front(
             "macs": base.macs,
             "performance": dict(base.performance),
             "trivial": dict(base.trivial),
+            "reported": dict(base.reported),
             "widths": dict(base.widths),
             "seed": base.seed,
             "training_seconds": base.training_seconds,
         },
         trials=tuple(_member(result, again.get(result.number)) for result in members),
+        constraints=tuple(constraints),
     )
 
 
@@ -275,14 +324,14 @@ def _member(result: TrialResult, again: Remeasured | None) -> FrontTrial:
     assert result.size_ratio is not None
     assert result.macs is not None
     assert result.retention is not None
-    latencies = {} if again is None else {n: v for n, v in again.latencies.items() if n in result.objectives}
+    latencies = dict(result.latencies if again is None else again.latencies)
     return FrontTrial(
         trial=result.number,
         origin=result.origin,
         parameters=result.parameters,
         size_ratio=result.size_ratio,
         macs=result.macs,
-        objectives={**result.objectives, **latencies},
+        objectives={name: latencies.get(name, value) for name, value in result.objectives.items()},
         retention=result.retention,
         test_performance=None if again is None else again.performance,
         test_retention=None if again is None else again.retention,
@@ -291,6 +340,11 @@ def _member(result: TrialResult, again: Remeasured | None) -> FrontTrial:
         options=result.options,
         bundle=f"models/{result.number}",
         latency_host=again.host if again is not None and latencies else None,
+        measured={
+            name: value
+            for name, value in {**result.performance, **latencies}.items()
+            if name not in result.objectives
+        },
     )
 
 
@@ -313,6 +367,7 @@ def _front_trial(
     def optional(name: str) -> float | None:
         return None if entry.get(name) is None else number(path, entry, name)
 
+    measured = field(path, entry, "measured", dict) if "measured" in entry else {}
     return FrontTrial(
         trial=field(path, entry, "trial", int),
         origin=field(path, entry, "origin", str),
@@ -328,4 +383,5 @@ def _front_trial(
         options=field(path, entry, "options", dict) if "options" in entry else {},  # fronts of before
         bundle=field(path, entry, "bundle", str),
         latency_host=entry.get("latency_host"),
+        measured={name: number(path, measured, name) for name in measured},
     )

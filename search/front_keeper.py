@@ -9,7 +9,7 @@ from agents.agent import Objective
 from components import UserError
 from search.base import retention
 from search.bundle import add_test_measurements, load_bundle, save_bundle
-from search.config import Constraint
+from search.constraints import Constraint
 from search.determinism import deterministic
 from search.front import Front, Remeasured, build_front, front_results
 from search.measurement import LATENCIES, decision_latency, performance_of
@@ -94,6 +94,7 @@ class FrontKeeper:
             self._dense.base,
             self.members,
             remeasured,
+            self._constraints,
         )
 
     def finish(self, measure_again: bool) -> Front:
@@ -117,7 +118,8 @@ class FrontKeeper:
         bundle = load_bundle(self._run.bundle(member.number), data=self._dense.agent.data())
         with deterministic(member.seed, self._threads):
             performance = performance_of(bundle.agent, "test")
-            wanted = LATENCIES & {objective.name for objective in self._objectives}
+            named = {objective.name for objective in self._objectives}
+            wanted = LATENCIES & (named | {constraint.name for constraint in self._constraints})
             latencies = decision_latency(bundle.agent) if wanted else {}
         trivial = self._dense.base.trivial["test"]
         return Remeasured(

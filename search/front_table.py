@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from search.front import Front, FrontTrial, percent
+from search.stability import HIGH, LOW, STABILITY, stability_sentence
 
 if TYPE_CHECKING:
     from search.base import Base
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 WIDTH = 100
 """Columns of everything that is printed."""
 
+STABILITIES = (STABILITY, LOW, HIGH)
+
+MOST_EXTRA = 3
+"""Columns besides the usual ones that leave room for who proposed a trial; stability is as wide as two."""
+
 SHOWN_FAILURES = 5
 """Different reasons of failure that are listed."""
 
@@ -26,17 +32,24 @@ SHOWN_FAILURES = 5
 def front_table(front: Front) -> Table:
     """Size, cost and performance of a front's trials, smallest first; performance on test data once known."""
     table = plain_table(f"Front of {front.experiment}: {len(front.trials)} trials")
-    extra = [name for name in _names(front) if name not in ("parameters", "macs", front.performance)]
+    bounded = [constraint.name for constraint in front.constraints]
+    shown = ("parameters", "macs", "size_ratio", "retention", front.performance)
+    extra = [name for name in dict.fromkeys([*_names(front), *bounded]) if name not in (*shown, *STABILITIES)]
+    stable = any(STABILITY in trial.measured for trial in front.trials)
     split = "test" if front.tested else "validation"
     for heading in ("trial", "size", "parameters", "MACs", "retention", "test"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in (front.performance, *extra):
         suffix = f"\n({split})" if name == front.performance else ""
         table.add_column(name.replace("_", " ") + suffix, justify="right")
+    if stable:
+        table.add_column("stability\n(95 %)", justify="right", no_wrap=True)
     options = list(dict.fromkeys(name for trial in front.trials for name in trial.options))
     for name in options:
         table.add_column(name.replace("_", " "), justify="right")
-    table.add_column("proposed by", overflow="ellipsis", no_wrap=True)
+    by_whom = len(extra) + len(options) + 2 * stable <= MOST_EXTRA
+    if by_whom:
+        table.add_column("proposed by", overflow="ellipsis", no_wrap=True)
     for trial in front.trials:
         table.add_row(
             str(trial.trial),
@@ -46,9 +59,10 @@ def front_table(front: Front) -> Table:
             _ratio(trial.retention),
             _ratio(trial.test_retention),
             _number(_performance(trial, front)),
-            *(_number(trial.objectives.get(name)) for name in extra),
+            *(_number(trial.measurement(name)) for name in extra),
+            *([_interval(trial)] if stable else []),
             *(_number(trial.options.get(name)) for name in options),
-            trial.origin.removeprefix("anchor: "),
+            *([trial.origin.removeprefix("anchor: ")] if by_whom else []),
         )
     return table
 
@@ -88,6 +102,30 @@ def hypervolume_line(front: Front) -> str:
             f"; on test data {volumes['test_hypervolume']:.3f} and {volumes['test_hypervolume_linear']:.3f}"
         )
     return line
+
+
+def stability_line(front: Front) -> str:
+    """How far down the front the stability of the base holds; empty where it was not measured."""
+    found = front.stable_compression
+    return "" if found is None else stability_sentence(found)
+
+
+def missed_lines(front: Front) -> list[str]:
+    """Trials that miss a constraint by what was measured at the end: one line each."""
+    lines = []
+    for trial in front.trials:
+        missed = front.missed(trial)
+        if missed is not None:
+            lines.append(
+                f"Trial {trial.trial} misses {missed.name} {missed} by what was measured at the end of the "
+                f"search ({_number(trial.measurement(missed.name))}); select does not take it."
+            )
+    return lines
+
+
+def front_lines(front: Front) -> list[str]:
+    """What stands below the tables of a front."""
+    return [hypervolume_line(front), *filter(None, [stability_line(front)]), *missed_lines(front)]
 
 
 def failure_lines(results: Sequence[TrialResult]) -> list[str]:
@@ -157,6 +195,15 @@ def verification_table(report: VerificationReport) -> Table:
 def plain_table(title: str) -> Table:
     """An empty table as all of the command's look."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _interval(trial: FrontTrial) -> str:
+    """Stability with its interval, as short as can be: `0.98 .95–1`."""
+    value, low, high = (trial.measured.get(name) for name in STABILITIES)
+    if value is None or low is None or high is None:
+        return "–"
+    ends = [f"{end:.2f}".removeprefix("0").replace("1.00", "1").replace(".00", "0") for end in (low, high)]
+    return f"{value:.2f} {ends[0]}–{ends[1]}"
 
 
 def _names(front: Front) -> list[str]:

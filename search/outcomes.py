@@ -13,7 +13,7 @@ from search.trial_types import TrialResult
 
 if TYPE_CHECKING:
     from agents.agent import Objective
-    from search.config import Constraint
+    from search.constraints import Constraint
 
 LOGARITHMIC = frozenset({"parameters", "macs"})
 """Objectives that the sampler sees as natural logarithms: the front is looked at over log size."""
@@ -80,7 +80,8 @@ class Judge:
 
 def attributes_of(result: TrialResult, outcome: Outcome) -> dict[str, object]:
     """What optuna-dashboard shows beside the values: JSON-able, finite."""
-    names = ["parameters", "size_ratio", "macs", "retention", *result.performance, *result.objectives]
+    sizes = ("parameters", "size_ratio", "macs", "retention")
+    names = [*sizes, *result.performance, *result.latencies, *result.objectives]
     attributes: dict[str, object] = {"trial": result.number, "origin": result.origin}
     for name in names:
         number = result.measurement(name)

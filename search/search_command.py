@@ -23,8 +23,8 @@ from search.front_table import (
     base_line,
     early_stopping_line,
     failure_lines,
+    front_lines,
     front_table,
-    hypervolume_line,
     retention_table,
     stage_line,
 )
@@ -32,6 +32,7 @@ from search.paste import command_name
 from search.progress import SearchProgress, TrainingProgress, duration
 from search.ray_connection import require_answer
 from search.report import Report, write_report
+from search.selection import unmet
 from search.trial_types import TrialResult
 from search.wandb_logger import WandbLogger, require_account
 from search.wandb_plots import Tried
@@ -111,7 +112,8 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
             "failed": sum(result.failed for result in results),
         }
         report = write(ready, console) if complete and not outcome.interrupted else None
-        log_results(ready, front, {**front.hypervolumes(), **counts}, report, logger)
+        summary = {**front.hypervolumes(), **counts, **stability_summary(front)}
+        log_results(ready, front, summary, report, logger)
         if complete:
             print_results(ready, front, outcome, console)
             print_steps(next_steps(ready, front, report), console)
@@ -227,9 +229,10 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
     if front.trials:
         console.print(front_table(front))
         console.print(retention_table(front))
-        console.print(hypervolume_line(front), highlight=False)
+        for line in front_lines(front):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     else:
-        console.print("The front is empty: no complete trial meets the constraints.", highlight=False)
+        console.print(f"The front is empty: {unmet(front)}.", soft_wrap=True, highlight=False, markup=False)
     stopped = early_stopping_line(results, ready.checked.config.pruning.fine_tune.updates)
     for line in (*filter(None, [stopped]), *failure_lines(results)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -281,6 +284,15 @@ def log_results(
         matters=None if report is None else _shares(report.content["parameters"]),
         report=None if report is None else report.path,
     )
+
+
+def stability_summary(front: Front) -> dict[str, float]:
+    """How far the stability of the base holds, as numbers for a dashboard; empty where it is not known."""
+    found = front.stable_compression
+    if found is None:
+        return {}
+    held = {} if found.size_ratio is None else {"stability/size_ratio": found.size_ratio}
+    return {"stability/base": found.base, "stability/least": found.least, **held}
 
 
 def _shares(parameters: Mapping[str, Any]) -> dict[str, Any]:

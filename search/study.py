@@ -37,7 +37,8 @@ from search.trial_types import Proposal, TrialResult
 
 if TYPE_CHECKING:
     from agents.agent import Objective
-    from search.config import Constraint, Sampler
+    from search.config import Sampler
+    from search.constraints import Constraint
 
 logger = logging.getLogger(__name__)
 

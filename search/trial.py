@@ -89,7 +89,7 @@ def _pipeline(
             TrialResult.of(spec, "stopped"),
             parameters=parameters,
             size_ratio=parameters / base.parameters,
-            macs=decision_macs(agent) if settings.rungs and "macs" in settings.objectives else None,
+            macs=decision_macs(agent) if settings.rungs and "macs" in settings.wanted else None,
             base_performance=dict(base.performance),
             component_sizes=component_sizes(pruned.graph, agent.model),
             widths={group: len(channels) for group, channels in pruned.kept().items()},
@@ -135,13 +135,13 @@ def _pipeline(
 
     described = unmeasured()
     decision = decision_macs(agent)
+    latencies = decision_latency(agent) if LATENCIES & settings.wanted else {}
     measured = {
         "parameters": float(described.parameters or 0),
         "macs": float(decision),
         measure.name: reached,
+        **latencies,
     }
-    if LATENCIES & set(settings.objectives):
-        measured.update(decision_latency(agent))
     retention = base.retention(reached)
     _require_finite({**performance, **measured, "retention": retention})
     stages.leave()
@@ -152,6 +152,7 @@ def _pipeline(
         macs=decision,
         retention=retention,
         performance={name: float(value) for name, value in performance.items()},
+        latencies=latencies,
         rungs=tuple(rung for rung in rungs if math.isfinite(rung[1])),
         rung_losses=course.losses,
         fine_tuning=facts,

@@ -52,6 +52,7 @@ class TrialSettings:
             ascending, below `fine_tune_updates`. Empty where no trial is stopped early.
         objectives: names of what is measured: `parameters`, `macs`, `latency_median_ms`, `latency_p99_ms` or
             the agent's performance.
+        constrained: names of what the search bounds; measured as well.
         base_mode: `shared` prunes the base handed in; `per_trial` trains a base inside the trial first.
         ranking: which channels compete with one another, and which widths are allowed.
         gradual: prune step by step during fine-tuning or, in `per_trial` mode, during the training from
@@ -71,6 +72,12 @@ class TrialSettings:
     gradual: GradualSettings | None = None
     tracking: Tracking = USUAL
     threads: int = 1
+    constrained: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Everything that the search asks a trial to measure."""
+        return frozenset({*self.objectives, *self.constrained})
 
 
 @dataclass(frozen=True)
@@ -151,9 +158,11 @@ class TrialResult:
         objectives: declared objective -> finite measured value, on validation data.
         parameters: stored scalars of the pruned model that training could change.
         size_ratio: `parameters` over those of the base, in (0, 1].
-        macs: multiply-accumulate operations of one decision; of a stopped trial only where an objective.
+        macs: multiply-accumulate operations of one decision; of a stopped trial only where the search asks
+            for it.
         retention: (J - J0) / (J_base - J0) on validation data: 1 as good as the base, 0 as the trivial agent.
         performance: everything that the agent's evaluation reports, on validation data.
+        latencies: `latency_median_ms` and `latency_p99_ms`; empty where the search asks for neither.
         base_performance: split -> the performance measure of the base that was pruned.
         component_sizes: component -> parameters.
         widths: group -> channels kept.
@@ -186,6 +195,7 @@ class TrialResult:
     macs: int | None = None
     retention: float | None = None
     performance: Mapping[str, float] = field(default_factory=dict)
+    latencies: Mapping[str, float] = field(default_factory=dict)
     base_performance: Mapping[str, float] = field(default_factory=dict)
     component_sizes: Mapping[str, int] = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
@@ -241,14 +251,17 @@ class TrialResult:
         return self.status == "failed"
 
     def measurement(self, name: str) -> float | None:
-        """An objective, a size, the retention, or what the evaluation reports; None if not measured."""
+        """An objective, a size, a latency, the retention, or what the evaluation reports.
+
+        None where it was not measured.
+        """
         own = {
             "parameters": self.parameters,
             "size_ratio": self.size_ratio,
             "macs": self.macs,
             "retention": self.retention,
         }
-        value = {**self.performance, **own, **self.objectives}.get(name)
+        value = {**self.performance, **own, **self.latencies, **self.objectives}.get(name)
         return None if value is None else float(value)
 
     def to_record(self) -> dict[str, Any]:
@@ -265,6 +278,7 @@ class TrialResult:
             "macs": self.macs,
             "retention": self.retention,
             "performance": dict(self.performance),
+            "latencies": dict(self.latencies),
             "base_performance": dict(self.base_performance),
             "component_sizes": dict(self.component_sizes),
             "widths": dict(self.widths),
@@ -309,6 +323,7 @@ class TrialResult:
             macs=record["macs"],
             retention=record["retention"],
             performance=record["performance"],
+            latencies=record.get("latencies", {}),
             base_performance=record["base_performance"],
             component_sizes=record["component_sizes"],
             widths=record["widths"],

@@ -46,6 +46,7 @@ def trial_run(record: Record) -> tuple[dict[str, Any], list[dict[str, Any]], dic
     ]
     measured = {
         **{name: record.get(name) for name in ("parameters", "size_ratio", "macs", "retention")},
+        **flat(record.get("latencies") or {}),
         **flat(record["objectives"]),
         **flat(record["performance"], "performance/"),
     }

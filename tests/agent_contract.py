@@ -33,6 +33,7 @@ from agents.agent import (
     Objective,
     Student,
     calibration_program,
+    measurements,
     rehearsal,
     rung_methods,
     searchable_options,
@@ -288,6 +289,19 @@ class AgentContract:
             other = type(agent)({**agent.options, name: value + 1})
             assert other.options[name] == value + 1, name
             assert _shapes(other) == _shapes(agent), name
+
+    def test_what_it_measures_besides_is_named_and_reported(self) -> None:
+        trained, _ = _trained(self.make_agent)
+        pruned, _ = _pruned(self.make_agent, 0)
+        for agent in (trained, pruned):
+            named = measurements(agent)
+            taken = {"parameters", "size_ratio", "macs", "retention", "latency_median_ms", "latency_p99_ms"}
+            assert not set(named) & {*taken, agent.performance.name}, "these names are taken"
+            assert all(isinstance(unit, str) for unit in named.values())
+            for split in ("validation", "test"):
+                reported = agent.evaluate(split)
+                assert set(named) <= set(reported)
+                assert all(math.isfinite(reported[name]) for name in named)
 
     def test_the_rung_loss_watches_and_changes_nothing(self) -> None:
         pruned, _ = _pruned(self.make_agent, 0)

@@ -205,6 +205,8 @@ BROKEN = {
     },
     "it shares the ratio of no group": {"shared_ratios": {"1": "0"}},
     "its searchable option shapes the model": {"searchable_options": ("hidden",)},
+    "it does not report what it names": {"measurements": {"calm": "1"}},
+    "what it names is measured anyhow": {"measurements": {"retention": "1"}},
     "its contract is of another shape": {
         "contract": lambda self: {
             "inputs": [{"name": "x", "shape": [3], "dtype": "float32", "range": None}],

@@ -208,6 +208,7 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
             "report.content",
             {
                 "config",
+                "constraints",
                 "durable_files",
                 "front",
                 "parameter_importance",
@@ -215,6 +216,7 @@ def test_fronts_and_ranks_are_plain_numpy(name: str) -> None:
                 "report.importance",
                 "report.short",
                 "run_directory",
+                "stability",
                 "trial_types",
             },
         ),

@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from agents.agent import Objective, agent_class
+from agents.agent import BUILT_IN, Objective, agent_class, measurements
 from components import importance
 from components.errors import UserError
 from components.tracker import USUAL, Tracking
 from search import experiment_yaml
 from search.config import (
-    Constraint,
+    PERFORMANCES,
+    REPORTED,
     EarlyStoppingConfig,
     ExperimentConfig,
     Metric,
@@ -29,6 +30,7 @@ from search.config import (
     resolve_objectives,
     shipped_experiments,
 )
+from search.constraints import Constraint, limits, parse_all, written
 
 AGENT = "agent: {kind: autoencoder}\n"
 ERROR = Objective("reconstruction_error", "minimize", "mean squared error")
@@ -294,12 +296,14 @@ def test_faults_of_an_override_name_the_override() -> None:
         (
             "search.constraints.retenton=>= 1",
             "search.constraints.retenton is not measured: did you mean 'retention'? allowed: "
-            "macs, parameters, reconstruction_error, retention, return, size_ratio",
+            "latency_median_ms, latency_p99_ms, macs, parameters, reconstruction_error, retention, return, "
+            "size_ratio",
         ),
         ("search.constraints=3", "search.constraints is 3: it must be a mapping"),
         (
             "search.constraints.retention=0.5",
-            "search.constraints.retention is 0.5: it must be '>=' or '<=' and a number, such as '>= 0.5'",
+            "search.constraints.retention is 0.5: it must be '>=' or '<=' and a number, such as '>= 0.5', "
+            "or two such as '>= 0.5, <= 0.9'",
         ),
         ("pruning.max_ratio=0", "pruning.max_ratio is 0: it must be a number, above 0, below 1"),
         ("pruning.max_ratio=1.0", "pruning.max_ratio is 1.0: it must be a number, above 0, below 1"),
@@ -560,8 +564,8 @@ def test_scalars_of_yaml_1_2(text: str, value: object) -> None:
 
 @given(st.sampled_from([">=", "<="]), st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
 def test_constraints_read_back_and_measure_their_violation(operator: str, bound: float, value: float) -> None:
-    constraint = Constraint.parse("macs", f" {operator}{bound!r} ")
-    assert Constraint.parse("macs", str(constraint)) == constraint
+    [constraint] = Constraint.parse("macs", f" {operator}{bound!r} ")
+    assert Constraint.parse("macs", str(constraint)) == (constraint,)
     met = value >= bound if operator == ">=" else value <= bound
     assert (constraint.violation(value) <= 0) == met
     assert not constraint.violation(math.nan) <= 0
@@ -591,9 +595,64 @@ def test_objectives_of_another_agent_are_refused() -> None:
         resolve_objectives(("parameters", "return"), (), ERROR)
     with pytest.raises(UserError, match=r"search\.constraints\.return is not measured"):
         resolve_objectives(None, (Constraint("return", ">=", 1.0),), ERROR)
-    with pytest.raises(UserError, match=r"search\.constraints\.latency_p99_ms is not measured"):
-        resolve_objectives(None, (Constraint("latency_p99_ms", "<=", 1.0),), ERROR)
-    resolve_objectives(("latency_p99_ms",), (Constraint("latency_p99_ms", "<=", 1.0),), ERROR)
+
+
+def test_constraints_bound_whatever_a_trial_can_measure() -> None:
+    for name in ("latency_p99_ms", "latency_median_ms", "macs", "size_ratio", "retention", ERROR.name):
+        resolve_objectives(None, (Constraint(name, "<=", 1.0),), ERROR)
+    smooth = (Constraint("smoothness", ">=", 0.5),)
+    resolve_objectives(None, smooth, ERROR, {"smoothness": "1"})
+    with pytest.raises(UserError, match=r"search\.constraints\.smoothness is not measured"):
+        resolve_objectives(None, smooth, ERROR)
+
+
+def test_what_the_shipped_agents_report_is_known_before_they_are_imported() -> None:
+    options = {"tdmpc": {"task": "cartpole-swingup"}}
+    for kind in BUILT_IN:
+        agent = agent_class(kind)(options.get(kind, {}))
+        assert set(REPORTED.get(kind, ())) == set(measurements(agent)), kind
+        assert agent.performance.name in PERFORMANCES
+
+
+@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.booleans())
+def test_two_bounds_on_one_measurement_read_back(first: float, second: float, upper_first: bool) -> None:
+    low, high = sorted((first, second))
+    bounds = [f">= {low!r}", f"<= {high!r}"][:: -1 if upper_first else 1]
+    texts = {"retention": ", ".join(bounds), "macs": "<= 5.0"}
+    constraints = parse_all(texts)
+    assert len(constraints) == 3
+    assert parse_all(written(constraints)) == constraints
+    assert limits(constraints[:2]) == (low, high)
+    for value in (low, high, (low + high) / 2):
+        assert all(constraint.violation(value) <= 0 for constraint in constraints[:2])
+    assert any(constraint.violation(low - 1.0) > 0 for constraint in constraints[:2])
+
+
+def test_an_experiment_with_two_bounds_is_what_its_yaml_reads_back_as() -> None:
+    config = load("search.constraints.retention=>= 0.5, <= 0.9")
+    assert config.search.constraints == (
+        Constraint("retention", ">=", 0.5),
+        Constraint("retention", "<=", 0.9),
+    )
+    assert parse_experiment(config.to_yaml()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (">= 0.9, <= 0.5", "is '>= 0.9, <= 0.5': nothing is at least 0.9 and at most 0.5"),
+        ("<= 0.5, >= 0.9", "nothing is at least 0.9 and at most 0.5"),
+        (">= 0.5, >= 0.6", "it has more than one lower bound, of which one says all"),
+        ("<= 0.5, <= 0.6, >= 0", "it has more than one upper bound"),
+        (">= 0.5,", "it must be '>=' or '<=' and a number"),
+        (">= 0.5 <= 0.6", "it must be '>=' or '<=' and a number"),
+    ],
+)
+def test_bounds_that_contradict_one_another_are_refused(text: str, reason: str) -> None:
+    said = refusal(f"search.constraints.retention={text}")
+    assert reason in said
+    assert "search.constraints.retention" in said
+    assert "\n" not in said
 
 
 def test_what_a_users_agent_measures_is_left_to_it() -> None:

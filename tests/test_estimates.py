@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,17 @@ def estimates(*results: TrialResult) -> Estimates:
 def test_an_estimate_lies_between_those_whose_rungs_were_alike(loss: float, expected: float) -> None:
     made = estimates(result(0, 4.0, error=0.6), result(1, 1.0, error=0.1), result(2, 2.0, error=0.2))
     assert made.of(result(7, loss), "error") == pytest.approx(expected)
+
+
+def test_a_latency_is_estimated_by_size_and_not_by_loss() -> None:
+    def fast(number: int, loss: float, parameters: int, latency: float) -> TrialResult:
+        made = result(number, loss, error=0.1, parameters=parameters)
+        return replace(made, latencies={"latency_p99_ms": latency})
+
+    made = estimates(fast(0, 9.0, 100, 1.0), fast(1, 1.0, 300, 3.0))
+    for loss in (0.1, 5.0, 20.0):
+        assert made.of(result(7, loss, parameters=200), "latency_p99_ms") == pytest.approx(2.0)
+    assert made.of(result(7, 1.0, parameters=10), "latency_p99_ms") == pytest.approx(1.0)
 
 
 def test_what_is_measured_is_not_estimated() -> None:

@@ -14,8 +14,9 @@ from toy_agents import INPUTS, Toy
 
 from components.errors import UserError
 from search.checked_experiment import CheckedExperiment, check
-from search.config import Constraint, parse_experiment
-from search.feasibility import PossibleModel, possible_models, require_reachable
+from search.config import parse_experiment
+from search.constraints import Constraint, parse_all
+from search.feasibility import ORDERED, SHARES, PossibleModel, possible_models, require_reachable
 from search.measurement import decision_macs
 from search.trial import run_trial
 from search.trial_types import TrialSpec
@@ -119,7 +120,7 @@ def test_sizes_that_exclude_one_another_are_refused() -> None:
     smallest, _, largest = models_of(checked())
 
     def together(parameters: str, ratio: str) -> None:
-        bounds = [Constraint.parse("parameters", parameters), Constraint.parse("size_ratio", ratio)]
+        bounds = [*Constraint.parse("parameters", parameters), *Constraint.parse("size_ratio", ratio)]
         require_reachable(bounds, smallest, largest, Toy.performance)
 
     full = largest.parameters
@@ -132,13 +133,56 @@ def test_sizes_that_exclude_one_another_are_refused() -> None:
         together(f">= {full // 2}", "<= 0.4")
 
 
+def test_sizes_with_two_bounds_each_are_refused_only_where_they_exclude_one_another() -> None:
+    smallest, _, largest = models_of(checked())
+    full = largest.parameters
+
+    def together(parameters: str, ratio: str) -> None:
+        bounds = parse_all({"parameters": parameters, "size_ratio": ratio})
+        require_reachable(bounds, smallest, largest, Toy.performance)
+
+    together(f">= {full // 4}, <= {full // 2}", ">= 0.3, <= 0.6")
+    for ratio in (">= 0.6, <= 0.9", ">= 0.17, <= 0.2"):
+        with pytest.raises(UserError, match="which no trial can meet together"):
+            together(f">= {full // 4}, <= {full // 2}", ratio)
+
+
+@pytest.mark.parametrize(("smaller", "larger"), ORDERED)
+def test_bounds_on_what_is_never_above_another_are_refused_where_they_cross(smaller, larger) -> None:
+    smallest, _, largest = models_of(checked())
+
+    def together(low: str, high: str) -> None:
+        bounds = parse_all({larger: high, smaller: low})
+        require_reachable(bounds, smallest, largest, Toy.performance)
+
+    together(">= 0.5", "<= 0.5")
+    together("<= 0.6", ">= 0.5")
+    together("<= 0.4", "<= 0.5")
+    with pytest.raises(UserError) as refused:
+        together(">= 0.6", "<= 0.5")
+    assert str(refused.value) == (
+        f"search.constraints.{smaller} is '>= 0.6' and search.constraints.{larger} '<= 0.5', which no trial "
+        f"can meet together: {smaller} is never above {larger}"
+    )
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_a_share_lies_between_0_and_1(name: str) -> None:
+    smallest, _, largest = models_of(checked())
+    for text in (">= 1.0", "<= 0.0"):
+        require_reachable(Constraint.parse(name, text), smallest, largest, Toy.performance)
+    for text, words in ((">= 1.5", "never above 1"), ("<= -0.5", "never below 0")):
+        with pytest.raises(UserError, match=f"search.constraints.{name} is .*{words}"):
+            require_reachable(Constraint.parse(name, text), smallest, largest, Toy.performance)
+
+
 def test_retention_and_errors_have_limits_as_far_as_they_are_known(tmp_path) -> None:
     ready = make_ready(tmp_path / "toy")
     smallest, _, largest = models_of(checked())
     perfect = ready.base.retention(0.0)
 
     def check_one(name: str, text: str, base=None) -> None:
-        require_reachable([Constraint.parse(name, text)], smallest, largest, Toy.performance, base)
+        require_reachable(Constraint.parse(name, text), smallest, largest, Toy.performance, base)
 
     check_one("retention", ">= 5")  # nothing is known before the base is trained
     check_one("retention", f">= {perfect}", ready.base)

@@ -17,12 +17,13 @@ from rich.console import Console
 
 from components import UserError
 from components.mixing import PruningPlan
-from search.config import Constraint
+from search.constraints import Constraint
 from search.durable_files import CorruptFileError
 from search.front import Front, Remeasured, build_front, front_results, percent
 from search.front_table import (
     early_stopping_line,
     failure_lines,
+    front_lines,
     front_table,
     hypervolume_line,
     retention_table,
@@ -43,6 +44,7 @@ BASE = SimpleNamespace(
     widths={"latent": 8},
     seed=0,
     training_seconds=1.5,
+    reported={},
 )
 
 
@@ -305,3 +307,71 @@ def test_what_was_stopped_early_is_neither_a_failure_nor_on_the_front():
     assert stage_line(results) == stage_line(STAIRS)
     members = front_results(results, (SIZE, ERROR), ())
     assert members == front_results(results[: len(STAIRS)], (SIZE, ERROR), ())
+
+
+def steady(number: int, parameters: int, retention: float, *stability: float) -> TrialResult:
+    result = trial(number, parameters, retention)
+    names = ("stability", "stability_low", "stability_high")
+    return dataclasses.replace(
+        result, performance={**result.performance, **dict(zip(names, stability, strict=True))}
+    )
+
+
+def test_a_stability_is_shown_with_its_interval_and_how_far_down_it_holds(monkeypatch):
+    monkeypatch.setattr(BASE, "reported", {"stability": 1.0})
+    results = [
+        steady(0, 1000, 1.0, 0.99, 0.96, 1.0),
+        steady(1, 500, 0.98, 1.0, 1.0, 1.0),
+        steady(2, 100, 0.9, 0.04, 0.0, 0.1),
+        trial(3, 8, 0.3),
+    ]
+    front = front_of(results)
+    content = json.loads(json.dumps(front.to_json(), allow_nan=False))
+    assert Front.from_json(Path("front.json"), content) == front
+    assert content["base"]["reported"] == {"stability": 1.0}
+    found = content["stability"]
+    assert (found["trial"], found["size_ratio"], found["broken"], found["least"]) == (1, 0.5, 2, 0.95)
+    output = io.StringIO()
+    Console(width=100, file=output).print(front_table(front))
+    rows = {line.split()[0]: line for line in output.getvalue().splitlines() if line.strip()}
+    assert "0.99 .96–1 " in rows["0"]
+    assert "1.00 1–1 " in rows["1"]
+    assert "0.04 0–.10 " in rows["2"]
+    assert "–" in rows["3"]
+    assert front_lines(front)[1] == found["words"]
+    monkeypatch.setattr(BASE, "reported", {})  # as in runs of before
+    assert front_of(results).to_json()["stability"] is None
+    assert len(front_lines(front_of(results))) == 1
+
+
+def test_what_misses_a_constraint_in_the_end_is_said_below_the_table():
+    again = {0: Remeasured(1.0, 0.5, {"latency_p99_ms": 7.5}, "idle-host")}
+    bound = (Constraint("latency_p99_ms", "<=", 5.0),)
+    front = front_of([trial(0, 10, 0.5)], remeasured=again)
+    assert front.trials[0].measured["latency_p99_ms"] == 7.5
+    assert front.trials[0].latency_host == "idle-host"
+    front = dataclasses.replace(front, constraints=bound)
+    assert front_lines(front)[1:] == [
+        "Trial 0 misses latency_p99_ms <= 5.0 by what was measured at the end of the search (7.5); "
+        "select does not take it."
+    ]
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"retention": "0.5"}, {"retention": ">= 2, <= 1"}, {"retention": None}, 3]
+)
+def test_damaged_constraints_of_front_json_are_one_sentence(bounds):
+    content = {**front_of(STAIRS).to_json(), "constraints": bounds}
+    with pytest.raises(CorruptFileError, match=r"^front\.json is corrupt: .*constraints"):
+        Front.from_json(Path("front.json"), content)
+
+
+def test_fronts_of_before_there_were_constraints_in_them_are_read():
+    content = front_of(STAIRS).to_json()
+    for key in ("constraints", "stability"):
+        del content[key]
+    for entry in content["trials"]:
+        del entry["measured"]
+    old = Front.from_json(Path("front.json"), content)
+    assert old.constraints == ()
+    assert select(old, Wish("knee")).trial == select(front_of(STAIRS), Wish("knee")).trial

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_study import finish, make, run
 
 from search import study as study_module
-from search.config import Constraint
+from search.constraints import Constraint
 from search.history import worth_keeping
 from search.pareto import crowding_distances
 

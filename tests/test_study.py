@@ -25,7 +25,7 @@ from components.dependency import Group
 from components.errors import UserError
 from components.mixing import kept_count
 from search import study as study_module
-from search.config import Constraint
+from search.constraints import Constraint
 from search.pareto import hypervolume_log
 from search.space import OptionRange, SearchSpace
 from search.study import HISTORY, Study

@@ -289,6 +289,30 @@ def test_a_latency_is_measured_where_it_is_an_objective(base):
     assert result.host
 
 
+def test_a_latency_is_measured_where_a_constraint_bounds_it(base):
+    unbounded = run_trial(spec(), base)
+    assert unbounded.latencies == {}
+    assert unbounded.measurement("latency_p99_ms") is None
+    result = run_trial(spec(constrained=("latency_p99_ms", "retention")), base)
+    assert result.complete
+    assert set(result.objectives) == set(OBJECTIVES)
+    assert set(result.latencies) == {"latency_median_ms", "latency_p99_ms"}
+    assert 0 < result.measurement("latency_median_ms") <= result.measurement("latency_p99_ms")
+    assert TrialResult.from_record(json.loads(json.dumps(result.to_record()))).latencies == result.latencies
+
+
+def test_a_stopped_trial_has_no_latency_and_macs_where_they_are_bounded(base):
+    reports = []
+    ranked = dataclasses.replace(base, kind="toy_agents:Ranked")
+    for constrained in ((), ("macs", "latency_p99_ms")):
+        settings = {"objectives": ("parameters",), "rungs": (10,), "constrained": constrained}
+        run_trial(spec(**settings), ranked, report=reports.append)
+    without, bounded = reports
+    assert without.macs is None
+    assert bounded.macs > 0
+    assert bounded.latencies == {}
+
+
 def test_a_trial_may_train_its_own_base_and_is_measured_against_it():
     shape = untrained_base("toy_agents:Toy", {}, seed=0)
     assert not shape.trained

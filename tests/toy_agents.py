@@ -202,6 +202,23 @@ class Taught(Toy):
         return {**channels, "teacher": self.teacher.evaluate("validation")["reconstruction_error"]}
 
 
+class Steady(Ranked):
+    """Reports a stability besides its error: the share of the data's variance that it explains."""
+
+    measurements: ClassVar[Mapping[str, str]] = {
+        "stability": "share",
+        "stability_low": "share",
+        "stability_high": "share",
+        "smoothness": "1",
+    }
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        reported = super().evaluate(split)
+        stability = max(0.0, 1 - reported["reconstruction_error"] / self.trivial(split))
+        spread = {"stability_low": 0.9 * stability, "stability_high": min(1.0, 1.1 * stability)}
+        return {**reported, "stability": stability, **spread, "smoothness": -stability}
+
+
 class Gathering(Toy):
     """Has the data that it is calibrated on by training alone, as agents in an environment do."""
 

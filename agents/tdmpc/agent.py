@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from agents.environments import EnvironmentSpec
 from agents.lockstep import Trajectory
 from agents.options import parse_options
 from agents.shrinking import take_layers
+from agents.tdmpc import stability
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.distillation import Distillation, Lessons, Sequences, draw_sequences, label
 from agents.tdmpc.episodes import Act, Episodes, Returns, episode_seeds, episodes_of
@@ -69,6 +70,7 @@ class TDMPC:
         self._moments: dict[str, dict[str, Tensor]] | None = None
         self._data = None if data is None else {name: rows.to(self.device) for name, rows in data.items()}
         self._planner: tuple[tuple[int, ...], Planner] | None = None
+        self._lyapunov: tuple[tuple[object, ...], stability.Candidate] | None = None
         self._base: TDMPC | None = None
         self._kept_latent: Tensor | None = None
         # Under way, all of them:
@@ -388,6 +390,12 @@ class TDMPC:
 
     # --- measuring and acting ----------------------------------------------------------------------------
 
+    @property
+    def measurements(self) -> Mapping[str, str]:
+        """What `evaluate` reports besides the return, with units."""
+        spread = dict.fromkeys(("return_standard_error", "worst_return"), self.performance.unit)
+        return {**spread, **(stability.MEASUREMENTS if self._options.stability != "none" else {})}
+
     def evaluate(self, split: Split, *, policy_only: bool = False) -> dict[str, float]:
         """The mean return of episodes with fixed seeds, the same for every agent of the task.
 
@@ -396,16 +404,32 @@ class TDMPC:
             policy_only: act by the policy's mean, without planning; the names begin with `policy_only_`.
 
         Returns:
-            `return`, its `return_standard_error`, and `worst_return`, of one episode.
+            `return`, its `return_standard_error`, and `worst_return`, of one episode. Of the planner also the
+            empirical `stability` of these episodes: see `agents.tdmpc.stability`. It takes the base to
+            measure that, so an agent that was told of none has it only where it was itself trained.
         """
         act = self._act_by_policy if policy_only else self.act
-        returns = Returns.of(self._episodes.play(self.evaluation_seeds(split), act, self.device))
+        played = self._episodes.play(self.evaluation_seeds(split), act, self.device)
+        returns = Returns.of(played)
         prefix = "policy_only_" if policy_only else ""
         return {
             f"{prefix}return": returns.mean,
             f"{prefix}return_standard_error": returns.standard_error,
             f"{prefix}worst_return": returns.worst,
+            **({} if policy_only else self._stability(played)),
         }
+
+    def _stability(self, played: Sequence[Trajectory]) -> dict[str, float]:
+        """What the base makes of the states that this agent went through; empty without a base."""
+        base = self._base or (self if self._target is not None else None)
+        if base is None or not base._has_experience or self._options.stability == "none":
+            return {}
+        return stability.measure(
+            base._current_lyapunov(self._options.stability),
+            [torch.as_tensor(trajectory.observations, device=self.device) for trajectory in played],
+            self._options.stability_window,
+            self.spec.control_step_s or 1.0,
+        )
 
     def trivial(self, split: Split) -> float:
         """The mean return of random actions."""
@@ -511,9 +535,23 @@ class TDMPC:
             return torch.bfloat16 if wide and self.device.type == "cpu" and multiplies_bfloat16() else None
         return torch.bfloat16 if chosen == "bfloat16" else None
 
+    @property
+    def _versions(self) -> tuple[int, ...]:
+        """Counters of the weights: whether what was made from some is still of the present ones."""
+        return tuple(p._version for p in self.model.parameters())
+
+    def _current_lyapunov(self, kind: Literal["value", "quadratic"]) -> stability.Candidate:
+        """The candidate of the present weights, from the end of this agent's experience."""
+        key = (kind, *self._versions)
+        if self._lyapunov is None or self._lyapunov[0] != key:
+            make = stability.value_candidate if kind == "value" else stability.quadratic_candidate
+            episodes = self._replay.last_episodes(stability.REFERENCE_EPISODES)
+            self._lyapunov = key, make(_world(self.model), episodes)
+        return self._lyapunov[1]
+
     def _current_planner(self) -> Planner:
-        """A planner with the present weights; their version counters tell whether it still has them."""
-        versions = tuple(p._version for p in self.model.parameters())
+        """A planner with the present weights."""
+        versions = self._versions
         if self._planner is None or self._planner[0] != versions:
             # After the training: with the horizon and the deviations that its schedules end with.
             settings = planner_settings(self._options, total_decisions(self._options, self.spec))

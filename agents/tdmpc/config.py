@@ -57,6 +57,9 @@ class TDMPCOptions(BaseModel):
         precision: of the products in hidden layers, when planning and when learning. `auto` is `bfloat16`
             where this CPU multiplies it in hardware and the layers are wide enough to gain, else `float32`.
         validation_episodes, test_episodes: episodes that an evaluation measures.
+        stability: the Lyapunov candidate that the empirical stability is measured by along those episodes:
+            `value`, the base's value function; `quadratic`, a form in its latents around the goal; or `none`.
+        stability_window: decisions within which it has to decrease by a tenth, n.
         stored_decisions: decisions of the replay buffer that are kept for repair, spread over the training.
         distillation_sequences: subtrajectories whose targets the base computes once.
         distillation_batch_size: of those, per update.
@@ -109,6 +112,9 @@ class TDMPCOptions(BaseModel):
 
     validation_episodes: Positive = 5
     test_episodes: Positive = 10
+
+    stability: Literal["value", "quadratic", "none"] = "value"
+    stability_window: Positive = 5
 
     stored_decisions: Positive = 20_000
     distillation_sequences: Annotated[int, Field(ge=2)] = 4096

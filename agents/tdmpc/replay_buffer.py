@@ -168,6 +168,14 @@ class ReplayBuffer:
         """The actions at some places, `(*places.shape, actions)`."""
         return self._columns["actions"][places]
 
+    def last_episodes(self, count: int) -> list[Tensor]:
+        """Observations `(T + 1, ...)` of the last episodes, at most so many, in the order of play."""
+        ends = (self._column("remaining") == 0).nonzero().flatten().tolist()
+        begins = [0, *(end + 1 for end in ends[:-1])]
+        episodes = list(zip(begins, ends, strict=False))[-count:]
+        places = [torch.arange(begin, end + 1, device=self._device) for begin, end in episodes]
+        return [self.observations(place) for place in places]
+
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything, as `from_tensors` takes it; copies."""
         return {name: self._column(name).clone() for name in self._columns if name != "starts"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -13,13 +13,15 @@ import numpy as np
 
 from components import UserError
 from search import pareto
-from search.config import Constraint, parse_experiment
+from search.config import parse_experiment
+from search.constraints import Constraint
 from search.durable_files import read_json
 from search.front import Front, feasible
 from search.parameter_importance import choices, parameter_importance
 from search.report.importance import importance_over_training
 from search.report.short import short
 from search.run_directory import RunDirectory
+from search.stability import stability_sentence
 from search.trial_types import TrialResult
 
 PAUSE_SECONDS = 300.0
@@ -41,6 +43,7 @@ def gather(run: RunDirectory) -> dict[str, Any]:
     configuration = run.experiment.read_text(encoding="utf-8")
     config = parse_experiment(configuration, source=str(run.experiment))
     constraints = config.search.constraints
+    stable = front.stable_compression
     return {
         "experiment": front.experiment,
         "objectives": [dict(objective) for objective in front.objectives],
@@ -50,12 +53,13 @@ def gather(run: RunDirectory) -> dict[str, Any]:
         "hypervolumes": {name: short(value) for name, value in front.hypervolumes().items()},
         "retention_at": front.retention_at(),
         "knee": _knee(front),
+        "stability": None if stable is None else stability_sentence(stable),
         "trials": _trials(results, objectives, constraints),
         "front": {
             "trial": [trial.trial for trial in front.trials],
             "test_retention": [short(trial.test_retention) for trial in front.trials],
             # Latencies of a front are measured once more when nothing else runs.
-            "latencies": [_latencies(trial.objectives) for trial in front.trials],
+            "latencies": [_latencies({**trial.measured, **trial.objectives}) for trial in front.trials],
         },
         "course": _course(results, constraints),
         "choices": _choices(results),
@@ -94,6 +98,7 @@ def _trials(
     """Column -> one entry for every trial: a third of the size of one object for each."""
     groups = list(dict.fromkeys(group for result in results for group in result.widths))
     stages = list(dict.fromkeys(stage for result in results for stage in result.timings))
+    known = {*objectives, "parameters", "size_ratio", "macs", "retention"}
     return {
         "number": [result.number for result in results],
         "status": [result.status for result in results],
@@ -107,12 +112,21 @@ def _trials(
         "objectives": {
             name: [short(result.objectives.get(name)) for result in results] for name in objectives
         },
+        "measured": {
+            name: [short(result.measurement(name)) for result in results] for name in _others(results, known)
+        },
         "groups": groups,
         "widths": [[result.widths.get(group) for group in groups] for result in results],
         "stages": stages,
         "timings": [[short(result.timings.get(stage), 3) for stage in stages] for result in results],
         "device": [result.device for result in results],
     }
+
+
+def _others(results: Sequence[TrialResult], known: Collection[str]) -> list[str]:
+    """What trials measured besides: all that the agent's evaluation reports, and latencies."""
+    names = (name for result in results for name in (*result.performance, *result.latencies))
+    return [name for name in dict.fromkeys(names) if name not in known]
 
 
 def _course(

@@ -83,9 +83,7 @@ def run_seed(
             widths = {group: kept_count(width, 1 - share) for group, width in base.widths.items()}
             model = agent_class(kind)(base.options, widths, to_tensors(base.data)).model
             low, high = (share, high) if parameter_count(model) <= size * base.parameters else (low, share)
-        return PruningPlan(
-            dict.fromkeys(config.pruning.metrics, 1.0), dict.fromkeys(base.widths, 1 - low)
-        )
+        return PruningPlan(dict.fromkeys(config.pruning.metrics, 1.0), dict.fromkeys(base.widths, 1 - low))
 
     def test_retention(base: Base, result: TrialResult, reference: Base) -> float:
         if not result.complete:

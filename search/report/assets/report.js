@@ -135,6 +135,18 @@ function objectiveOf(name, index) {
   return (known(row) ? content.front.latencies[row][name] : null) ?? trials.objectives[name][index];
 }
 
+// What trials measured besides objectives: of the front, latencies are those of the end here too.
+function besides(index) {
+  const row = onFront.get(trials.number[index]);
+  return Object.entries(trials.measured).map(([name, values]) => [name, (known(row) ? content.front.latencies[row][name] : null) ?? values[index]]).filter(([, value]) => known(value));
+}
+
+function stability(index) {
+  const [value, low, high] = ["stability", "stability_low", "stability_high"].map((name) => trials.measured[name]?.[index]);
+  if (!known(value)) return null;
+  return decimal(value) + (known(low) && known(high) ? ` (${decimal(low)} to ${decimal(high)})` : "");
+}
+
 function detail() {
   const panel = document.getElementById("detail");
   panel.replaceChildren();
@@ -161,6 +173,8 @@ function detail() {
     if (objective.name === "parameters" || objective.name === "macs") continue;
     rows.push([labelled(objective.name), `${measured(objective.name, objectiveOf(objective.name, index))} ${objective.unit}`]);
   }
+  if (known(stability(index))) rows.push(["stability, empirical", stability(index)]);
+  for (const [name, value] of besides(index)) if (!name.startsWith("stability")) rows.push([labelled(name), measured(name, value)]);
   if (trials.reason[index]) rows.push(["reason", trials.reason[index]]);
   panel.append(facts(rows));
   const widths = trials.groups.map((group, column) => [group, trials.widths[index][column], content.base.widths?.[group]]).filter(([, kept]) => known(kept));
@@ -208,7 +222,8 @@ async function copy(text, code, button) {
 
 function table() {
   const others = content.objectives.filter((objective) => !["parameters", "macs"].includes(objective.name));
-  const heads = ["trial", "size", "parameters", "MACs", "retention", "test", ...others.map((o) => labelled(o.name)), "proposed by"];
+  const steady = content.front.trial.some((number) => known(stability(place.get(number))));
+  const heads = ["trial", "size", "parameters", "MACs", "retention", "test", ...others.map((o) => labelled(o.name)), ...(steady ? ["stability (95 %)"] : []), "proposed by"];
   const body = element("tbody");
   content.front.trial.forEach((number, row) => {
     const index = place.get(number);
@@ -216,6 +231,7 @@ function table() {
       number, percent(trials.size_ratio[index]), whole(trials.parameters[index]), whole(trials.macs[index]),
       decimal(trials.retention[index]), decimal(content.front.test_retention[row]),
       ...others.map((o) => measured(o.name, objectiveOf(o.name, index))),
+      ...(steady ? [stability(index) ?? "–"] : []),
     ];
     const line = element("tr", { tabindex: 0, "data-index": index, onclick: () => select(index, true) });
     line.addEventListener("keydown", (event) => {
@@ -228,6 +244,7 @@ function table() {
   const headRow = element("tr");
   heads.forEach((name, i) => headRow.append(element("th", { scope: "col", class: i === heads.length - 1 ? "text" : null }, name)));
   document.getElementById("front-table").append(element("table", {}, element("thead", {}, headRow), body));
+  if (content.stability) document.getElementById("stability").textContent = content.stability;
 }
 
 // --- what needs no charts ---------------------------------------------------------------------------------
@@ -311,6 +328,7 @@ function about(index) {
     if (objective.name === "parameters") continue;
     lines.push(`${safe(labelled(objective.name))} ${measured(objective.name, objectiveOf(objective.name, index))} ${safe(objective.unit)}`);
   }
+  if (known(stability(index))) lines.push(`stability ${stability(index)}`);
   return lines.join("<br>");
 }
 
