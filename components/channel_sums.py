@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 import torch
@@ -45,19 +45,42 @@ def layer_normalised_sums(graph: DependencyGraph, per_parameter: Mapping[str, Te
     A layer is a weight with its bias, or the parameters of another module, such as a normalisation. A layer
     whose sums are all zero adds nothing.
     """
+    return {
+        group.name: _total(group, [values / mean for values, mean in layers])
+        for group, layers in _layer_sums(graph, per_parameter)
+    }
+
+
+def levelled_sums(graph: DependencyGraph, per_parameter: Mapping[str, Tensor]) -> Scores:
+    """`layer_normalised_sums`, those of each group scaled by one factor to the mean of its `channel_sums`.
+
+    Layers weigh alike inside a group, as there, and groups still compare with one another.
+    """
+    scores = {}
+    for group, layers in _layer_sums(graph, per_parameter):
+        values = _total(group, [values / mean for values, mean in layers])
+        if layers:
+            tiny = torch.finfo(values.dtype).tiny
+            values *= sum(mean for _, mean in layers) / values.mean().clamp_min(tiny)
+        scores[group.name] = values
+    return scores
+
+
+def _layer_sums(
+    graph: DependencyGraph, per_parameter: Mapping[str, Tensor]
+) -> Iterator[tuple[Group, list[tuple[Tensor, Tensor]]]]:
+    """For each group, of every layer the sums over its channels, `(size,)`, and their mean, kept above 0."""
     weights = {consumer.weight for consumer in graph.consumers}
     weight_of_bias = {consumer.bias: consumer.weight for consumer in graph.consumers if consumer.bias}
-    scores = {}
     for group in graph.groups:
         layers: dict[str, Tensor] = {}
         for name, values in _parameter_sums(group, per_parameter):
             layer = name if name in weights else weight_of_bias.get(name, name.rpartition(".")[0])
             layers[layer] = layers[layer] + values if layer in layers else values
-        tiny = {layer: torch.finfo(values.dtype).tiny for layer, values in layers.items()}
-        scores[group.name] = _total(
-            group, [values / values.mean().clamp_min(tiny[layer]) for layer, values in layers.items()]
+        yield (
+            group,
+            [(sums, sums.mean().clamp_min(torch.finfo(sums.dtype).tiny)) for sums in layers.values()],
         )
-    return scores
 
 
 def _parameter_sums(group: Group, per_parameter: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from components import importance
-from components.channel_sums import channel_sums, scored_parameters
+from components.channel_sums import levelled_sums, scored_parameters
 from components.dependency import DependencyGraph, Keep
 from components.errors import UserError
 from components.gates import GateMode, gate_readers
@@ -371,13 +371,13 @@ class ImportanceTracker:
         if any(group.name not in statistics.gates for group in self._graph.groups):
             del metrics["gate_fisher"]
         scores: dict[str, Mapping[str, Tensor]]
-        scores = {name: metric.function(self._graph, statistics) for name, metric in metrics.items()}
-        plain = channel_sums(self._graph, statistics.gradient)
-        scores["gradient"] = {
-            name: values * (plain[name].mean() / values.mean().clamp_min(torch.finfo(values.dtype).tiny))
-            for name, values in scores["gradient"].items()
+        scores = {
+            name: metric.function(self._graph, statistics)
+            for name, metric in metrics.items()
+            if name != "gradient"
         }
-        return scores
+        # By the metric itself, every group would have the same mean.
+        return {"gradient": levelled_sums(self._graph, statistics.gradient), **scores}
 
     def _take(self, loss: str, names: list[str], gates: Mapping[str, Tensor]) -> None:
         records = [self._records[name] for name in names]

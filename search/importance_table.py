@@ -64,7 +64,7 @@ def _rank_table(course: ImportanceCourse) -> Table:
         ranks[metric] = course.ranks(metric) if course.compares_groups(metric) else None
     for row, group in enumerate(course.groups):
         cells = (
-            "–" if found is None else _arrow(found[row, early], found[row, -1], "{:g}")
+            "–" if found is None else f"{_rank(found[row, early])} → {_rank(found[row, -1])}"
             for found in ranks.values()
         )
         table.add_row(group.name, group.part or "–", f"{group.channels:,}", *cells)
@@ -75,7 +75,6 @@ def _part_table(course: ImportanceCourse) -> Table:
     """Relative importance of component-specific groups against coupling ones, and of components."""
     table = plain_table(f"Relative importance, {_span(course)}")
     table.add_column("groups of", no_wrap=True, overflow="ellipsis")
-    table.add_column("channels", justify="right", no_wrap=True)
     for metric in course.metrics:
         table.add_column(metric.replace("_", " "), justify="right")
     early = course.nearest(SHOWN)
@@ -85,8 +84,8 @@ def _part_table(course: ImportanceCourse) -> Table:
         for metric in course.metrics:
             values = course.relative(metric, groups)
             known = course.compares_groups(metric)
-            cells.append(_arrow(values[early], values[-1], "{:.3g}") if known else "–")
-        table.add_row(name, f"{sum(group.channels for group in groups):,}", *cells)
+            cells.append(f"{_short(values[early])} → {_short(values[-1])}" if known else "–")
+        table.add_row(name, *cells)
 
     for name, groups in course.kinds.items():
         add(name, groups)
@@ -125,9 +124,15 @@ def _agreement_table(course: ImportanceCourse) -> Table:
     return table
 
 
-def _arrow(early: float, late: float, form: str) -> str:
-    first, last = ("?" if math.isnan(value) else form.format(value) for value in (early, late))
-    return f"{first} → {last}"
+def _rank(value: float) -> str:
+    return "?" if math.isnan(value) else f"{value:g}"
+
+
+def _short(value: float) -> str:
+    """A relative importance: what is below 0.01 counts for nothing."""
+    if math.isnan(value):
+        return "?"
+    return "<0.01" if value < 0.01 else f"{value:.{2 if value < 10 else 1}f}"
 
 
 def _decimal(value: float | None) -> str:
@@ -235,9 +240,10 @@ def csv_lines(course: ImportanceCourse) -> Iterator[str]:
         for metric in course.metrics:
             for group in course.groups:
                 coupling = str(group.is_coupling).lower() if group.components else ""
-                head = (step, metric, "+".join(group.components), group.name, coupling)
+                head = _csv_line((step, metric, "+".join(group.components), group.name, coupling))
                 for channel, score in enumerate(course.scores[metric][group.name][place].tolist()):
-                    yield _csv_line((*head, channel, _rounded(score)))
+                    known = f"{score:.{DIGITS}g}" if math.isfinite(score) else ""
+                    yield f"{head},{channel},{known}"
 
 
 def _csv_line(cells: Sequence[object]) -> str:
