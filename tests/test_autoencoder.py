@@ -328,3 +328,15 @@ def test_moments_of_another_shape_are_refused():
     states["adam_mean"]["encoder.0.bias"] = torch.ones(1)
     with pytest.raises(UserError, match=r"adam_mean .encoder\.0\.bias."):
         agent.load_states(states)
+
+
+@pytest.mark.parametrize("shape", ["mlp", "conv"])
+def test_the_task_loss_is_0_for_a_perfect_copy_and_1_for_the_mean_image(shape: str) -> None:
+    agent = Autoencoder({"shape": shape})
+    inputs = agent.calibration_inputs(300, 0)
+    images = inputs["images"]
+    mean = images.mean(0).expand_as(images)
+    assert float(agent.task_loss({"reconstruction": images}, inputs)) == 0.0
+    assert float(agent.task_loss({"reconstruction": mean}, inputs)) == pytest.approx(1.0)
+    halfway = agent.task_loss({"reconstruction": (images + mean) / 2}, inputs)
+    assert float(halfway) == pytest.approx(0.25)
