@@ -371,7 +371,7 @@ def test_fronts_of_before_there_were_constraints_in_them_are_read():
     for key in ("constraints", "stability"):
         del content[key]
     for entry in content["trials"]:
-        del entry["measured"]
+        entry.pop("measured", None)
     old = Front.from_json(Path("front.json"), content)
     assert old.constraints == ()
     assert select(old, Wish("knee")).trial == select(front_of(STAIRS), Wish("knee")).trial

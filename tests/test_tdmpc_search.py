@@ -95,6 +95,8 @@ def test_a_search_prunes_repairs_plans_and_keeps_bundles_that_verify(serial, cap
         assert told["held_out_loss"] >= 0
         assert {"score", "mix", "slice", "reconstruct", "fine_tune", "evaluate"} <= set(trial["timings"])
         assert {"return", "return_standard_error", "worst_return"} <= set(trial["performance"])
+        reported = trial["performance"]
+        assert 0 <= reported["stability_low"] <= reported["stability"] <= reported["stability_high"] <= 1
         assert trial["widths"]["q1.0"] == trial["widths"]["q2.0"]
         assert 8 <= trial["options"]["samples"] <= 24
         assert 1 <= trial["options"]["horizon"] <= 3
@@ -106,6 +108,8 @@ def test_a_search_prunes_repairs_plans_and_keeps_bundles_that_verify(serial, cap
 
     front = json.loads(Path("runs/point/front.json").read_text())
     assert all("test_retention" in row for row in front["trials"])
+    assert "stability" in front["base"]["reported"]
+    assert front["stability"]["words"] in printed.replace("\n", " ")
     for row in front["trials"]:
         report = verify_bundle(Path("runs/point", row["bundle"]))
         assert report.identical
@@ -153,6 +157,9 @@ def test_the_base_comes_with_its_experience(serial):
         ("agent.min_std=0.9", "min_std is 0.9, which is more than max_std, 0.5"),
         ("agent.smaples=8", "did you mean 'samples'?"),
         ("search.options.latent=[2, 8]", "no option of tdmpc to search"),
+        ("search.constraints.stability_width=<= 0.1", "stability_width is not measured"),
+        ("agent.stability=lyapunov", 'stability is "lyapunov": allowed: none, quadratic, value'),
+        ("agent.stability_window=0", "stability_window is 0: it must be greater than or equal to 1"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_leaves_nothing(setting, sentence, serial, capsys):
@@ -163,6 +170,20 @@ def test_what_is_wrong_is_one_sentence_and_leaves_nothing(setting, sentence, ser
     assert captured.err.startswith("prunefront: ")
     assert len(captured.err.splitlines()) == 1
     assert not Path("runs/bad").exists()
+
+
+def test_a_stability_constraint_bounds_the_front_and_needs_the_measure(serial, capsys):
+    bound = ["--set", "search.constraints={stability: '>= 0.0, <= 1.0', stability_low: '>= 0.1'}"]
+    assert main(["search", "point.yaml", "--name", "point", "--trials", "2", *bound]) == 0
+    found = {trial["trial"]: trial for trial in trials("runs/point")}
+    front = json.loads(Path("runs/point/front.json").read_text())
+    assert all(found[row["trial"]]["performance"]["stability_low"] >= 0.1 for row in front["trials"])
+    capsys.readouterr()
+    without = ["--set", "agent.stability=none"]
+    assert main(["search", "point.yaml", "--name", "none", *bound, *without]) == 2
+    error = capsys.readouterr().err
+    assert "search.constraints.stability is not measured" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_a_fault_of_the_environment_in_a_trial_is_a_failed_trial(monkeypatch):
