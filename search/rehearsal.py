@@ -68,7 +68,8 @@ def rehearse(
         pupil = agent_class(kind)(options, None, data, device)
         graph = trace_agent(pupil, pupil.calibration_inputs(TRACE_ROWS, seed))
         watch = _Watch(progress, may_stop=short is None)
-        tracker = _Stopping(ImportanceTracker(graph, pupil.model, **asdict(tracking)), watch)
+        watch.tracker = ImportanceTracker(graph, pupil.model, **asdict(tracking))
+        tracker = _Stopping(watch.tracker, watch)
         try:
             pupil.train(seed, tracker, watch)
             finished = True
@@ -90,13 +91,18 @@ class _EnoughError(BaseException):
 
 
 class _Watch:
-    """Listens to a training's progress: how fast it is, and when enough of it was seen."""
+    """Listens to a training's progress: how fast it is, and when enough of it was seen.
+
+    Attributes:
+        tracker: of the training, which is not ended before that has something to say; None asks none.
+    """
 
     def __init__(self, progress: Progress, may_stop: bool) -> None:
         self._progress = progress
         self._may_stop = may_stop
         self._started = time.perf_counter()
         self._reports: list[tuple[float, int, int]] = []  # (seconds, done, total)
+        self.tracker: ImportanceTracker | None = None
 
     @property
     def elapsed(self) -> float:
@@ -107,11 +113,16 @@ class _Watch:
         self._reports.append((self.elapsed, done, total))
         self._progress(done, total, note)
         if self._may_stop and self.elapsed > REHEARSAL_SECONDS and self._steady() and done < total:
-            raise _EnoughError
+            self._end()
 
     def step(self) -> None:
         """A step of the training has ended."""
         if self._may_stop and not self._reports and self.elapsed > SILENT_SECONDS:
+            self._end()
+
+    def _end(self) -> None:
+        """End the training, once there is enough to score by: a variance over two tracked steps."""
+        if self.tracker is None or self.tracker.steps >= 2:
             raise _EnoughError
 
     def _steady(self) -> bool:
