@@ -219,6 +219,14 @@ def test_every_json_key_is_checked(copy, name, value):
             assert "\n" not in str(caught.value)
 
 
+def test_what_its_evaluation_reports_is_stored(tmp_path):
+    base = train_base("toy_agents:Steady", {}, seed=0, metrics=("l2",))
+    assert base.reported["reconstruction_error"] == base.performance["validation"]
+    assert base.reported["smoothness"] == -base.reported["stability"]
+    save_base(base, tmp_path)
+    assert load_base(tmp_path).reported == base.reported
+
+
 def test_the_share_of_a_gpu_is_stored_where_there_was_one(base, tmp_path):
     save_base(dataclasses.replace(base, gpu_share=0.125), tmp_path)
     assert load_base(tmp_path).gpu_share == 0.125

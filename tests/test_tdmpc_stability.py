@@ -52,7 +52,7 @@ class Line:
         return latents
 
     def q_values(self, latents, actions):
-        return self.value(latents), self.value(latents) + 1.0
+        return self.value(latents), self.value(latents) + latents[:, :1]
 
 
 # --- closed loops that are known
@@ -189,14 +189,14 @@ def test_a_candidate_is_small_at_the_goal_and_decreases_along_the_bases_episodes
 
 def test_the_value_candidate_is_how_much_less_the_smaller_q_promises() -> None:
     candidate = value_candidate(Line(), arrivals())
-    points = torch.tensor([[3.0, -4.0], [0.0, 0.0]], dtype=torch.float64)
-    assert candidate.along(points) == pytest.approx([7.0, 0.0], abs=0.05)
+    points = torch.tensor([[3.0, -4.0], [-3.0, -4.0], [0.0, 0.0]], dtype=torch.float64)
+    assert candidate.along(points) == pytest.approx([7.0, 10.0, 0.0], abs=0.05)
     assert candidate.level == pytest.approx(0.1 * 30.0, rel=0.01), "a tenth of the farthest start"
 
 
 def test_one_episode_that_goes_astray_does_not_widen_the_goal() -> None:
     astray = linear(1.0, 10.0, 60) * torch.tensor([[1.0, 1.0]], dtype=torch.float64)
-    assert value_candidate(Line(), [*arrivals(4), astray]).level == pytest.approx(2.0, rel=0.01)
+    assert value_candidate(Line(), [*arrivals(4), astray]).level == pytest.approx(2.5, rel=0.01)
 
 
 def test_where_all_values_are_alike_everything_is_the_goal() -> None:
