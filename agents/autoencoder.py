@@ -20,7 +20,7 @@ from agents import datasets
 from agents.adam import half_cosine, moments_of, set_moments
 from agents.agent import UNTRACKED, Objective, Progress, Split, Tracker
 from agents.options import parse_options
-from agents.shrinking import take_layers
+from agents.shrinking import narrowed, take_layers
 from agents.widths import complete
 from components.errors import UserError, nearest
 
@@ -300,9 +300,7 @@ class Autoencoder:
 
     def shrink(self, kept: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on with fewer channels, Adam's moments and its count of steps included."""
-        self.widths = {
-            group: len(kept[group]) if group in kept else size for group, size in self.widths.items()
-        }
+        self.widths = narrowed(self.widths, kept)
         take_layers(self.model, self._new_model(seed=0).to(self.device), states["model"])
         self._moments = {section: dict(states[section]) for section in ("adam_mean", "adam_square")}
         if self._optimizer is not None:

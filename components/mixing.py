@@ -182,9 +182,21 @@ def mix(scores: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> Tens
     """
     weights = {metric: weight for metric, weight in coefficients.items() if weight > 0}
     for metric in weights:
-        if metric not in scores:
-            raise UserError(f"there are no scores of metric {metric!r}: {nearest(metric, scores)}")
+        _require(metric, scores)
     return _weighted({metric: normalise(scores[metric]) for metric in weights}, weights)
+
+
+def weighted_metrics(plan: PruningPlan, groups: Iterable[Group]) -> tuple[str, ...]:
+    """The metrics that a plan gives weight to in any of some groups, in its order."""
+    found: dict[str, None] = {}
+    for group in groups:
+        found |= {metric: None for metric, weight in plan.coefficients_of(group).items() if weight > 0}
+    return tuple(found)
+
+
+def _require(metric: str, scores: Mapping[str, Tensor]) -> None:
+    if metric not in scores:
+        raise UserError(f"there are no scores of metric {metric!r}: {nearest(metric, scores)}")
 
 
 def _weighted(normalised: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -309,17 +321,10 @@ def _keep_among_comparable(
     for groups in kinds.values():
         sizes = [group.size for group in groups]
         by_group = [_of_group(group, scores) for group in groups]
-        needed = {
-            metric: None
-            for group in groups
-            for metric, weight in plan.coefficients_of(group).items()
-            if weight > 0
-        }
         pooled: dict[str, Sequence[Tensor]] = {}
-        for metric in needed:
-            lacking = next((of_group for of_group in by_group if metric not in of_group), None)
-            if lacking is not None:
-                raise UserError(f"there are no scores of metric {metric!r}: {nearest(metric, lacking)}")
+        for metric in weighted_metrics(plan, groups):
+            for of_group in by_group:
+                _require(metric, of_group)
             pooled[metric] = torch.split(
                 normalise(torch.cat([of_group[metric] for of_group in by_group])), sizes
             )

@@ -29,7 +29,7 @@ from search.base_files import load_base
 from search.config import PLANNED, ExperimentConfig, changes, parse_experiment, resolve_objectives
 from search.config_errors import shown
 from search.front import feasible
-from search.grid import grid_for
+from search.grid import Grid, grid_for
 from search.measurement import LATENCIES
 from search.optimisers import Optimiser
 from search.run_directory import RunDirectory
@@ -74,8 +74,6 @@ class CheckedExperiment:
             optimiser: what proposes where the sampler is `gradient`; `grid` has one of its own.
         """
         search = self.config.search
-        if search.chosen_sampler == "grid":
-            optimiser = grid_for(self.space, search.trials, self.anchors, search.grid)
         return Study(
             self.space,
             self.objectives,
@@ -85,13 +83,13 @@ class CheckedExperiment:
             database,
             trials=search.trials,
             anchors=search.anchors,
-            optimiser=optimiser,
+            optimiser=optimiser or _grid(self.config, self.space),
         )
 
     @property
     def anchors(self) -> int:
         """How many anchors the search starts with."""
-        return len(self.space.anchors()) if self.config.search.anchors else 0
+        return _anchors(self.config, self.space)
 
     def new_early_stopping(self) -> EarlyStopping | None:
         """What stops trials of the search early, with nothing learnt yet; None where none are."""
@@ -247,11 +245,25 @@ def check(
             f"search.sampler is 'gradient', which finds a threshold for every group, and pruning.ranking is "
             f"{config.pruning.ranking!r}: choose 'group', or another sampler"
         )
-    if config.search.chosen_sampler == "grid":
-        anchors = len(space.anchors()) if config.search.anchors else 0
-        grid_for(space, config.search.trials, anchors, config.search.grid)
+    _grid(config, space)
     earlier = _earlier_trials(config, path, space, objectives, resume=resume)
     return CheckedExperiment(config, path, agent, objectives, space, resume, earlier)
+
+
+def _anchors(config: ExperimentConfig, space: SearchSpace) -> int:
+    return len(space.anchors()) if config.search.anchors else 0
+
+
+def _grid(config: ExperimentConfig, space: SearchSpace) -> Grid | None:
+    """The grid of a search by the sampler `grid`; None by any other.
+
+    Raises:
+        UserError: it does not fit the budget.
+    """
+    search = config.search
+    if search.chosen_sampler != "grid":
+        return None
+    return grid_for(space, search.trials, _anchors(config, space), search.grid)
 
 
 def _schedule(config: ExperimentConfig, agent: Agent) -> PruningSchedule | None:

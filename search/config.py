@@ -33,6 +33,7 @@ from search import experiment_yaml
 from search.config_errors import Fault, sentence, shown
 from search.constraints import Constraint, parse_all, written
 from search.given_mixtures import Mixing
+from search.measured import SIZES
 
 if TYPE_CHECKING:
     from agents.agent import Objective
@@ -75,7 +76,7 @@ REPORTED = {
 """Kind of agent -> what its evaluation reports besides, of those that come with the package: what
 `agents.agent.measurements` gives, known before the agent is imported."""
 
-MEASURED = ("parameters", "size_ratio", "macs", "retention", "latency_median_ms", "latency_p99_ms")
+MEASURED = (*SIZES, "latency_median_ms", "latency_p99_ms")
 """What every trial can measure, so that constraints may name it, objective or not."""
 
 

@@ -18,16 +18,14 @@ from components.size import parameter_count
 from search.constraints import Constraint
 from search.measurement import LATENCIES, decision_macs
 from search.space import SearchSpace
+from search.stability import STABILITIES
 
 if TYPE_CHECKING:
     from search.base import Base
 
 Name = Literal["smallest", "middle", "largest"]
 
-SHARES = ("stability", "stability_low", "stability_high")
-"""Measurements in [0, 1]."""
-
-NEVER_NEGATIVE = frozenset({"reconstruction_error", *LATENCIES, *SHARES})
+NEVER_NEGATIVE = frozenset({"reconstruction_error", *LATENCIES, *STABILITIES})
 """Measurements that cannot be below 0."""
 
 ORDERED = (
@@ -147,8 +145,8 @@ def _ranges(
     for measurement, amount in sizes.items():
         called = (f"the smallest possible model has {amount}", f"the largest possible model has {amount}")
         ranges[measurement] = (getattr(smallest, measurement), getattr(largest, measurement), called)
-    for measurement in {performance.name, *LATENCIES, *SHARES} & NEVER_NEGATIVE:
-        most = 1.0 if measurement in SHARES else math.inf
+    for measurement in {performance.name, *LATENCIES, *STABILITIES} & NEVER_NEGATIVE:
+        most = 1.0 if measurement in STABILITIES else math.inf
         words = measurement.replace("_", " ")
         ranges[measurement] = (0.0, most, (f"{words} is never below {{}}", f"{words} is never above {{}}"))
     if base is not None and base.trained and performance.name in NEVER_NEGATIVE:

@@ -18,6 +18,7 @@ from search import pareto
 from search.config_errors import Fault
 from search.constraints import Constraint, parse_all, written
 from search.durable_files import CorruptFileError, field, number
+from search.measured import first_missed, look_up
 from search.stability import StableCompression, stability_sentence, stable_compression
 
 if TYPE_CHECKING:
@@ -88,14 +89,7 @@ class FrontTrial:
 
     def measurement(self, name: str) -> float | None:
         """An objective, a size, the retention or what else was measured; None if it was not."""
-        own = {
-            "parameters": self.parameters,
-            "size_ratio": self.size_ratio,
-            "macs": self.macs,
-            "retention": self.retention,
-        }
-        value = {**self.measured, **own, **self.objectives}.get(name)
-        return None if value is None else float(value)
+        return look_up(name, self, self.measured)
 
 
 @dataclass(frozen=True)
@@ -128,11 +122,7 @@ class Front:
 
         All met them when the search measured them; latencies may be others when measured again at its end.
         """
-        for constraint in self.constraints:
-            value = trial.measurement(constraint.name)
-            if value is None or not constraint.violation(value) <= 0:
-                return constraint
-        return None
+        return first_missed(self.constraints, trial.measurement)
 
     @property
     def stable_compression(self) -> StableCompression | None:
@@ -350,11 +340,7 @@ def _member(result: TrialResult, again: Remeasured | None) -> FrontTrial:
 
 def feasible(constraints: Sequence[Constraint], result: TrialResult) -> bool:
     """Whether a result meets all constraints; what was not measured meets none."""
-    for constraint in constraints:
-        measured = result.measurement(constraint.name)
-        if measured is None or not constraint.violation(measured) <= 0:
-            return False
-    return True
+    return first_missed(constraints, result.measurement) is None
 
 
 def _by_size(result: TrialResult) -> tuple[float, float, int]:

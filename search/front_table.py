@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from search.front import Front, FrontTrial, percent
-from search.stability import HIGH, LOW, STABILITY, stability_sentence
+from search.stability import STABILITIES, STABILITY, stability_sentence
 
 if TYPE_CHECKING:
     from search.base import Base
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Columns of everything that is printed."""
-
-STABILITIES = (STABILITY, LOW, HIGH)
 
 MOST_EXTRA = 3
 """Columns besides the usual ones that leave room for who proposed a trial; stability is as wide as two."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.agent import UNTRACKED, Agent, Progress, Shrinkable, Tracker, calibration_program
+from agents.shrinking import narrowed
 from components import DependencyGraph, importance
-from components.calibration import Program, record
+from components.calibration import Program, Recording, record
 from components.dependency import Keep, Scores
-from components.mixing import PruningPlan, Ranking, choose, kept_count, normalise
+from components.gram import Grams
+from components.mixing import PruningPlan, Ranking, choose, kept_count, normalise, weighted_metrics
 from components.pruning import kept_indices, restricted, slice_state
 from components.reconstruction import Method, reconstruct
 from components.tracker import ImportanceTracker
@@ -24,7 +27,6 @@ TRACKED_STEPS = 4
 
 DECAY = 0.9
 """Of the tracker's averages, per tracked update: shorter than a base's, because a shrinking model changes."""
-
 
 NEVER = 10**9
 """Steps between two snapshots of the course, which nobody looks at here."""
@@ -82,7 +84,7 @@ class GradualPruning:
         self._reconstruction: Method = reconstruction if settings.reconstruction else "none"
         self._seed = seed
         self._stages = stages
-        self._metrics = _weighted_metrics(plan, graph)
+        self._metrics = weighted_metrics(plan, graph.groups)
         self._scores = {metric: dict(scores[metric]) for metric in self._metrics} if scores else {}
         self._reached = 0.0
         self._tracker: ImportanceTracker | None = None
@@ -135,10 +137,11 @@ class GradualPruning:
                 return
             stage = self._stages.current
             self._stages.enter("score")
-            self._score()
+            seen = self._recorded()
+            self._score(None if seen is None else seen.recording.grams)
             self._stages.enter("mix")
             keep = choose(self._graph, self._scores, self._plan, self._ranking, counts)
-            self._cut(keep)
+            self._cut(keep, seen)
             self._stages.enter(stage)
         self._reached = due
 
@@ -147,15 +150,26 @@ class GradualPruning:
         seen = self._tracker is None or self._tracker.steps > 0
         return seen or bool(self._scores) or done >= self._schedule.end
 
-    def _score(self) -> None:
+    def _recorded(self) -> _Seen | None:
+        """What the present model makes of calibration data, for scores and repair; None if neither asks."""
+        asked = any(importance.METRICS[metric].needs == "grams" for metric in self._metrics)
+        if not asked and self._reconstruction == "none":
+            return None
+        calls = calibration_program(self.agent)
+        inputs = self.agent.calibration_inputs(CALIBRATION_ROWS, self._seed)
+
+        def program(model: nn.Module) -> Mapping[str, Tensor]:
+            return calls(model, inputs)
+
+        with_grams = asked or self._reconstruction == "gram"
+        return _Seen(program, record(self._graph, self.agent.model, program, with_grams=with_grams))
+
+    def _score(self, grams: Grams | None) -> None:
         """Score the present channels, and smooth that with what was said of them before."""
         agent = self.agent
         tracked = self._tracker is not None and self._tracker.steps > 0
         statistics = self._tracker.statistics() if self._tracker is not None and tracked else None
         state = {name: tensor.detach() for name, tensor in agent.model.state_dict().items()}
-        grams = None
-        if any(importance.METRICS[metric].needs == "grams" for metric in self._metrics):
-            grams = record(self._graph, agent.model, self._program()).grams
         for metric in self._metrics:
             if importance.METRICS[metric].needs == "statistics" and statistics is None and self._scores:
                 continue
@@ -171,18 +185,29 @@ class GradualPruning:
             for group, scores in fresh.items()
         }
 
-    def _cut(self, keep: Keep) -> None:
+    def _cut(self, keep: Keep, seen: _Seen | None) -> None:
         """Cut the agent, the tracker and the scores, and refit what read the channels that are gone."""
         agent, graph = self.agent, self._graph
         self._stages.enter("slice")
         indices = kept_indices(graph, keep)
         states = {section: slice_state(graph, state, indices) for section, state in agent.states().items()}
-        if self._reconstruction != "none":
-            self._stages.enter("reconstruct")
-            states["model"] = self._repaired(keep, states["model"])
-            self._stages.enter("slice")
-        device = next(agent.model.parameters()).device
         kept = {name: mask.cpu().nonzero().flatten() for name, mask in keep.items()}
+        device = next(agent.model.parameters()).device
+        if self._reconstruction != "none" and seen is not None:
+            self._stages.enter("reconstruct")
+            narrower = type(agent)(agent.options, narrowed(agent.widths, kept), agent.data(), str(device))
+            narrower.load_states({"model": states["model"]})
+            states["model"] = reconstruct(
+                graph,
+                agent.model.state_dict(),
+                narrower.model,
+                keep,
+                method=self._reconstruction,
+                grams=seen.recording.grams if self._reconstruction == "gram" else None,
+                recording=seen.recording if self._reconstruction == "sequential" else None,
+                program=seen.program,
+            )
+            self._stages.enter("slice")
         self._shrink({name: channels.to(device) for name, channels in kept.items()}, states)
         self._graph = restricted(graph, keep)
         if self._tracker is not None:
@@ -193,36 +218,10 @@ class GradualPruning:
             for metric, by_group in self._scores.items()
         }
 
-    def _repaired(self, keep: Keep, sliced: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        agent, program = self.agent, self._program()
-        recording = record(self._graph, agent.model, program, with_grams=self._reconstruction == "gram")
-        widths = {
-            name: int(keep[name].sum()) if name in keep else size for name, size in agent.widths.items()
-        }
-        device = next(agent.model.parameters()).device
-        narrower = type(agent)(agent.options, widths, agent.data(), str(device))
-        narrower.load_states({"model": sliced})
-        return reconstruct(
-            self._graph,
-            agent.model.state_dict(),
-            narrower.model,
-            keep,
-            method=self._reconstruction,
-            grams=recording.grams if self._reconstruction == "gram" else None,
-            recording=recording if self._reconstruction == "sequential" else None,
-            program=program,
-        )
 
-    def _program(self) -> Program:
-        """What reconstruction and Gram matrices run: the agent's calls, on what it has seen so far."""
-        calls = calibration_program(self.agent)
-        inputs = self.agent.calibration_inputs(CALIBRATION_ROWS, self._seed)
-        return lambda model: calls(model, inputs)
+@dataclass(frozen=True)
+class _Seen:
+    """A call program on calibration data, and what the present model made of it."""
 
-
-def _weighted_metrics(plan: PruningPlan, graph: DependencyGraph) -> tuple[str, ...]:
-    """The metrics that a plan gives weight to in any group, in its order."""
-    found: dict[str, None] = {}
-    for group in graph.groups:
-        found |= {metric: None for metric, weight in plan.coefficients_of(group).items() if weight > 0}
-    return tuple(found)
+    program: Program
+    recording: Recording

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
 
+from search.config import MEASURED
 from search.trial_types import TrialResult
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ class Judge:
 
 def attributes_of(result: TrialResult, outcome: Outcome) -> dict[str, object]:
     """What optuna-dashboard shows beside the values: JSON-able, finite."""
-    sizes = ("parameters", "size_ratio", "macs", "retention")
-    names = [*sizes, *result.performance, *result.latencies, *result.objectives]
+    names = [*MEASURED, *result.performance, *result.objectives]
     attributes: dict[str, object] = {"trial": result.number, "origin": result.origin}
     for name in names:
         number = result.measurement(name)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from search.front import FrontTrial
 
-STABILITY, LOW, HIGH = "stability", "stability_low", "stability_high"
+STABILITY, LOW, HIGH = STABILITIES = "stability", "stability_low", "stability_high"
+"""Measurements, each in [0, 1]."""
 
 MARGIN = 0.05
 """By how much less than the base's the stability of an agent that holds it may be."""

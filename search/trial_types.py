@@ -15,6 +15,7 @@ import numpy as np
 from components.mixing import PER_GROUP, PruningPlan, Ranking
 from components.schedule import PruningSchedule
 from components.tracker import USUAL, Tracking
+from search.measured import look_up
 
 Status = Literal["complete", "stopped", "failed"]
 """Of a trial that is over: measured, given up at a rung of its fine-tuning, or broken."""
@@ -255,14 +256,7 @@ class TrialResult:
 
         None where it was not measured.
         """
-        own = {
-            "parameters": self.parameters,
-            "size_ratio": self.size_ratio,
-            "macs": self.macs,
-            "retention": self.retention,
-        }
-        value = {**self.performance, **own, **self.latencies, **self.objectives}.get(name)
-        return None if value is None else float(value)
+        return look_up(name, self, {**self.performance, **self.latencies})
 
     def to_record(self) -> dict[str, Any]:
         """The JSON-able form that `trials.jsonl` holds: everything but the state; exact, floats included."""

@@ -81,6 +81,19 @@ def front_plot(front: Sequence[Record], tried: Sequence[Tried]) -> Figure:
     return figure
 
 
+def _one_below_the_other(metrics: Mapping[str, Any]) -> Figure:
+    """An empty chart for each metric, all over the same training steps."""
+    from plotly.subplots import make_subplots
+
+    return make_subplots(
+        rows=len(metrics),
+        cols=1,
+        shared_xaxes=True,
+        subplot_titles=list(metrics),
+        vertical_spacing=min(0.08, 0.3 / len(metrics)),
+    )
+
+
 def importance_plot(importance: Record) -> Figure | None:
     """A heat map for each metric: groups by steps of the training; None where nothing is known.
 
@@ -91,15 +104,7 @@ def importance_plot(importance: Record) -> Figure | None:
     metrics: Mapping[str, Mapping[str, Any]] = importance.get("metrics") or {}
     if not metrics:
         return None
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(
-        rows=len(metrics),
-        cols=1,
-        shared_xaxes=True,
-        subplot_titles=list(metrics),
-        vertical_spacing=min(0.08, 0.3 / len(metrics)),
-    )
+    figure = _one_below_the_other(metrics)
     known = [
         abs(value)
         for found in metrics.values()
@@ -143,15 +148,7 @@ def ranks_plot(importance: Record) -> Figure | None:
     metrics = {name: found for name, found in (importance.get("metrics") or {}).items() if found.get("ranks")}
     if not metrics:
         return None
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(
-        rows=len(metrics),
-        cols=1,
-        shared_xaxes=True,
-        subplot_titles=list(metrics),
-        vertical_spacing=min(0.08, 0.3 / len(metrics)),
-    )
+    figure = _one_below_the_other(metrics)
     for row, found in enumerate(metrics.values(), start=1):
         for place, (group, ranks) in enumerate(zip(found["groups"], found["ranks"], strict=True)):
             figure.add_scatter(

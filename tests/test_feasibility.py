@@ -16,8 +16,9 @@ from components.errors import UserError
 from search.checked_experiment import CheckedExperiment, check
 from search.config import parse_experiment
 from search.constraints import Constraint, parse_all
-from search.feasibility import ORDERED, SHARES, PossibleModel, possible_models, require_reachable
+from search.feasibility import ORDERED, PossibleModel, possible_models, require_reachable
 from search.measurement import decision_macs
+from search.stability import STABILITIES
 from search.trial import run_trial
 from search.trial_types import TrialSpec
 
@@ -166,7 +167,7 @@ def test_bounds_on_what_is_never_above_another_are_refused_where_they_cross(smal
     )
 
 
-@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.parametrize("name", STABILITIES)
 def test_a_share_lies_between_0_and_1(name: str) -> None:
     smallest, _, largest = models_of(checked())
     for text in (">= 1.0", "<= 0.0"):

@@ -13,7 +13,7 @@ from agents.agent import UNTRACKED, Objective, Progress, Rehearsal, Split, Track
 from agents.environments import EnvironmentSpec
 from agents.lockstep import Trajectory
 from agents.options import parse_options
-from agents.shrinking import take_layers
+from agents.shrinking import narrowed, take_layers
 from agents.tdmpc import stability
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.distillation import Distillation, Lessons, Sequences, draw_sequences, label
@@ -229,9 +229,7 @@ class TDMPC:
 
     def shrink(self, kept: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on with fewer channels, target and moments included; of the base's latents those are learnt."""
-        self.widths = {
-            group: len(kept[group]) if group in kept else size for group, size in self.widths.items()
-        }
+        self.widths = narrowed(self.widths, kept)
         take_layers(self.model, self._new_model(seed=0), states["model"])
         self._planner = None
         self.__dict__.pop("lessons", None)

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from figures import run
 from fronts import Point, shares, summarise
+from searches import trials_of
 
 POINTS = 64
 SCRATCH_LEARNING_RATE = 1e-2
@@ -73,16 +74,7 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
         return Point(float(result.size_ratio), float(result.retention), base.retention(test, "test"))
 
     def prunefront() -> list[Point | None]:
-        study = checked.new_study()
-        found = []
-        for number in range(points):
-            with deterministic(seed, 1):
-                proposal = study.ask(number)
-            result = run_trial(checked.specify(number, proposal), base)
-            study.tell(result)
-            found.append(point(result))
-        study.close()
-        return found
+        return [point(result) for _, result in trials_of(checked, base, points, seed)]
 
     def uniform_l2() -> list[Point | None]:
         plain = replace(settings, reconstruction="none", metrics=("l2",))

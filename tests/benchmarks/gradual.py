@@ -149,39 +149,34 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
         with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
             by_seed = list(pool.map(work, seeds))
     methods = dict.fromkeys(name.split("/")[0] for name in by_seed[0])
-    retention = {
-        method: {
-            f"{100 * size:g}%": interval([figures[f"{method}/{size}"] for figures in by_seed])
-            for size in SIZES
-        }
-        for method in methods
-        if f"{method}/{SIZES[0]}" in by_seed[0]
-    }
-    training = {
-        method: {
-            f"{100 * size:g}%": interval(
-                [figures[f"train/{method}/{size}"] / figures["dense/seconds"] for figures in by_seed]
+
+    def over_seeds(above: str, below: str | None = None) -> dict[str, object] | None:
+        """By size, the mean and interval of a figure, or of its ratio to another; None if it is not there.
+
+        In either name `SIZE` stands for the size.
+        """
+        if above.replace("SIZE", str(SIZES[0])) not in by_seed[0]:
+            return None
+        found: dict[str, object] = {}
+        for size in SIZES:
+            numerator = above.replace("SIZE", str(size))
+            denominator = None if below is None else below.replace("SIZE", str(size))
+            found[f"{100 * size:g}%"] = interval(
+                [one[numerator] / (1.0 if denominator is None else one[denominator]) for one in by_seed]
             )
-            for size in SIZES
-        }
-        for method in retention
-        if f"train/{method}/{SIZES[0]}" in by_seed[0]
-    }
-    slower = {
-        curve: {
-            f"{100 * size:g}%": interval(
-                [figures[f"tune/{curve}/{size}"] / figures[f"tune/one_shot/{size}"] for figures in by_seed]
-            )
-            for size in SIZES
-        }
-        for curve in CURVES
-    }
+        return found
+
+    def present(figures: Mapping[str, object]) -> dict[str, object]:
+        return {name: value for name, value in figures.items() if value is not None}
+
     return {
         "experiment": options.experiment,
         "seeds": options.seeds,
-        "test_retention": retention,
-        "training_time_to_dense": training,
-        "slower": slower,
+        "test_retention": present({method: over_seeds(f"{method}/SIZE") for method in methods}),
+        "training_time_to_dense": present(
+            {method: over_seeds(f"train/{method}/SIZE", "dense/seconds") for method in methods}
+        ),
+        "slower": {curve: over_seeds(f"tune/{curve}/SIZE", "tune/one_shot/SIZE") for curve in CURVES},
     }
 
 

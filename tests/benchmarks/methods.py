@@ -38,10 +38,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from figures import run
 from fronts import Point, chosen_retention, hypervolumes, interval, shares
+from searches import trials_of
 
 if TYPE_CHECKING:
     from agents.agent import Agent
     from search.base import Base
+    from search.checked_experiment import CheckedExperiment
+    from search.study import Study
     from search.trial_types import TrialResult
 
 METRICS = ("l1", "l2", "gradient", "taylor", "fisher", "gate_fisher", "bayesian", "reconstruction", "random")
@@ -147,7 +150,7 @@ class Seed:
     def _shares(self) -> list[float]:
         return shares(self._points, 1 - self._checked([]).config.pruning.max_ratio)
 
-    def _checked(self, overrides: Sequence[str]):  # type: ignore[no-untyped-def]
+    def _checked(self, overrides: Sequence[str]) -> CheckedExperiment:
         from search.checked_experiment import check
         from search.config import load_experiment
 
@@ -155,22 +158,11 @@ class Seed:
         return check(config, self._into / "nowhere", may_exist=True)
 
     def _searched(self, overrides: Sequence[str]) -> list[Point | None]:
-        from search.determinism import deterministic
-        from search.trial import run_trial
-
         checked = self._checked(overrides)
-        study = self._study(checked)
-        found = []
-        for number in range(self._points):
-            with deterministic(self._seed, 1):
-                proposal = study.ask(number)
-            result = run_trial(checked.specify(number, proposal), self._base)
-            study.tell(result)
-            found.append(self._point(result))
-        study.close()
-        return found
+        trials = trials_of(checked, self._base, self._points, self._seed, self._study(checked))
+        return [self._point(result) for _, result in trials]
 
-    def _study(self, checked):  # type: ignore[no-untyped-def]
+    def _study(self, checked: CheckedExperiment) -> Study:
         """The study of a search; where the sampler is `gradient`, with its sweep."""
         from search.determinism import deterministic
         from search.gradient_optimiser import sweep, sweep_points

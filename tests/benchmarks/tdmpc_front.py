@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from figures import run
 from fronts import Point, shares, summarise
+from searches import trials_of
 
 CLONING_EPISODES = 20
 """Episodes of the base whose decisions are imitated."""
@@ -113,14 +114,8 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
     alone: list[Point] = []
 
     def prunefront() -> list[Point]:
-        study = checked.new_study()
         found = []
-        for number in range(points):
-            with deterministic(seed, 1):
-                proposal = study.ask(number)
-            spec = checked.specify(number, proposal)
-            result = run_trial(spec, base)
-            study.tell(result)
+        for spec, result in trials_of(checked, base, points, seed):
             if not result.complete:
                 print(f"{spec.origin}: {result.reason}", file=sys.stderr, flush=True)
                 continue
@@ -135,7 +130,6 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
             size = float(result.size_ratio or 0)
             found.append(Point(size, *retained({"validation": result.performance["return"], "test": test})))
             alone.append(Point(size, *retained(policy)))
-        study.close()
         keep("policy_only", alone)
         (place / "plans.json").write_text(
             json.dumps([[spec.plan.to_json(), dict(spec.options), spec.origin, spec.seed] for spec in plans])
