@@ -9,9 +9,10 @@ state = components.prune(graph, model.state_dict(), keep)
 
 from components import importance
 from components.calibration import record
+from components.choosing import choose
 from components.dependency import Consumer, DependencyGraph, Group, Member
 from components.errors import UserError
-from components.mixing import PruningPlan, choose
+from components.plan import PruningPlan
 from components.pruning import prune
 from components.reconstruction import reconstruct
 from components.tracing import UnsupportedOperatorError, trace

@@ -32,7 +32,7 @@ def soft_mask(scores: Tensor, share: Tensor, width: float) -> Tensor:
     """sigmoid((s - t) / temperature) for every channel of a group: about share * size of it in all.
 
     The threshold t is what a share of the channels lies above, between two scores: share * size is rounded
-    to the number of channels whose mask is above 1/2, the count that `mixing.choose` keeps. The temperature
+    to the number of channels whose mask is above 1/2, the count that `choose` keeps. The temperature
     is as many scores wide as `width` says, by how densely the scores lie around t, so that it means the same
     to a group of sixteen channels and to one whose scores span decades.
 

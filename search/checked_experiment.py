@@ -21,8 +21,8 @@ from agents.agent import (
     taught_methods,
 )
 from components import Group, UserError
+from components.choosing import Ranking, comparable_groups
 from components.errors import nearest
-from components.mixing import Ranking, comparable_groups
 from components.schedule import PruningSchedule
 from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
 from search.base_files import load_base

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from agents.agent import Agent, Objective, agent_class
+from components.choosing import kept_count
 from components.errors import UserError
-from components.mixing import PruningPlan, kept_count
+from components.plan import PruningPlan
 from components.size import parameter_count
 from search.constraints import Constraint
 from search.measurement import LATENCIES, decision_macs

@@ -23,7 +23,7 @@ from search.stability import StableCompression, stability_sentence, stable_compr
 
 if TYPE_CHECKING:
     from agents.agent import Objective
-    from components.mixing import Coefficients
+    from components.plan import Coefficients
     from search.base import Base
     from search.trial_types import TrialResult
 

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from agents.agent import Agent, task_loss
+from components.choosing import choose
 from components.errors import UserError
-from components.mixing import PruningPlan, choose, mixture_of, normalise
+from components.mixing import normalise
+from components.plan import PruningPlan, mixture_of
 from components.pruning import prune
 from components.soft_masks import SoftModel, soft_mask
 from search.base import Progress

@@ -12,9 +12,11 @@ from agents.agent import UNTRACKED, Agent, Progress, Shrinkable, Tracker, calibr
 from agents.shrinking import narrowed
 from components import DependencyGraph, importance
 from components.calibration import Program, Recording, record
+from components.choosing import Ranking, choose, kept_count
 from components.dependency import Keep, Scores
 from components.gram import Grams
-from components.mixing import PruningPlan, Ranking, choose, kept_count, normalise, weighted_metrics
+from components.mixing import normalise, weighted_metrics
+from components.plan import PruningPlan
 from components.pruning import kept_indices, restricted, slice_state
 from components.reconstruction import Method, reconstruct
 from components.tracker import ImportanceTracker

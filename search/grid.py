@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from components.choosing import kept_count
 from components.errors import UserError
-from components.mixing import kept_count
 from search.optimisers import coarse_to_fine
 from search.space import Params, SearchSpace
 

@@ -20,7 +20,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from components.mixing import COUPLING, kept_count
+from components.choosing import kept_count
+from components.plan import COUPLING
 
 Floats = NDArray[np.float64]
 

@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 from components.dependency import Group
 from components.errors import UserError, nearest
-from components.mixing import OTHERS, Coefficients, PruningPlan, check_weights, component_key, mixture_of
+from components.plan import OTHERS, Coefficients, PruningPlan, check_weights, component_key, mixture_of
 
 ALL = ""
 """The key of the one mixture that serves all groups."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from agents.agent import Agent, Progress, Shrinkable, Student, agent_class
 from components import DependencyGraph
+from components.choosing import choose
 from components.dependency import Scores
-from components.mixing import choose
 from components.pruning import kept_indices, slice_state
 from components.reconstruction import reconstruct
 from search.arrays import to_tensors

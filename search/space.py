@@ -13,9 +13,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from components.choosing import kept_count
 from components.dependency import Group
 from components.errors import UserError, nearest
-from components.mixing import PruningPlan, kept_count, simplex
+from components.mixing import simplex
+from components.plan import PruningPlan
 from search.mixtures import Mixtures, Separation
 
 UNIFORM_RATIOS = (0.50, 0.75, 0.90, 0.96)
@@ -90,7 +92,7 @@ class SearchSpace:
         mixtures: of the importance metrics.
         max_ratio: the largest share of a group that may be removed.
         options: searched option of the agent -> its range.
-        round_to: widths are multiples of it: see `components.mixing.kept_count`.
+        round_to: widths are multiples of it: see `components.choosing.kept_count`.
     """
 
     dimensions: tuple[Dimension, ...]

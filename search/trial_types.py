@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from components.mixing import PER_GROUP, PruningPlan, Ranking
+from components.choosing import PER_GROUP, Ranking
+from components.plan import PruningPlan
 from components.schedule import PruningSchedule
 from components.tracker import USUAL, Tracking
 from search.measured import look_up

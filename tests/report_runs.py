@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from serial_search import make_ready
 
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from search.front import Remeasured, front_results
 from search.run_directory import RunDirectory
 from search.trial_types import TrialResult

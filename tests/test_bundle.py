@@ -17,7 +17,7 @@ import toy_agents
 from safetensors.numpy import load_file, save_file
 
 from components import UserError
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from search import verification
 from search.base import train_base
 from search.bundle import FILES, add_test_measurements, copy_bundle, load_bundle, save_bundle

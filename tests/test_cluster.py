@@ -19,7 +19,7 @@ import pytest
 from greenlet import GreenletExit
 
 from components.errors import UserError
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from search import cluster, driver, ray_connection
 from search.rungs import Report
 from search.trial_types import Proposal, TrialResult, TrialSettings, TrialSpec

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from search.estimates import Estimates
 from search.trial_types import TrialResult
 

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from components import UserError
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from search.constraints import Constraint
 from search.durable_files import CorruptFileError
 from search.front import Front, Remeasured, build_front, front_results, percent

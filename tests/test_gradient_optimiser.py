@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from toy_agents import Toy
 
+from components.choosing import choose, kept_count
 from components.errors import UserError
-from components.mixing import choose, kept_count
 from components.pruning import prune
 from components.size import parameter_count
 from search import gradient_optimiser

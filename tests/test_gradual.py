@@ -13,7 +13,8 @@ from torch import nn
 import components
 from agents.autoencoder import Autoencoder
 from agents.tdmpc.agent import TDMPC
-from components.mixing import PruningPlan, Ranking, kept_count
+from components.choosing import Ranking, kept_count
+from components.plan import PruningPlan
 from components.pruning import kept_indices, restricted, slice_state
 from components.schedule import PruningSchedule
 from components.tracker import ImportanceTracker

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.agent import Objective
+from components.choosing import kept_count
 from components.dependency import Group
 from components.errors import UserError
-from components.mixing import kept_count
 from search.config import GridConfig
 from search.grid import Grid, Resolution, best_resolution, grid_for, lattice
 from search.optimisers import QuasiRandom, coarse_to_fine

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from components.choosing import choose
 from components.dependency import DependencyGraph, Group
 from components.errors import UserError
-from components.mixing import PruningPlan, choose, mixture_of
+from components.plan import PruningPlan, mixture_of
 from search.mixtures import Mixtures
 from search.space import SearchSpace
 from search.wandb_records import flat

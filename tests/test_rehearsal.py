@@ -10,7 +10,7 @@ import torch
 from toy_agents import Toy
 
 from agents.agent import Rehearsal, agent_class, rehearsal
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from search import rehearsal as rehearsing
 from search.base import Base, train_base
 from search.rehearsal import TrainingTime, rehearse

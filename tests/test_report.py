@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from serial_search import search_serially
 
 from components import UserError
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from search.cli import main
 from search.parameter_importance import parameter_importance
 from search.report import write_report

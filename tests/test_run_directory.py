@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from components import UserError
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from search.durable_files import (
     CorruptFileError,
     read_arrays,

@@ -14,7 +14,7 @@ import toy_agents
 from serial_search import make_ready, search_serially
 
 from components import UserError
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from search.base import Base, train_base
 from search.checked_experiment import check
 from search.config import parse_experiment

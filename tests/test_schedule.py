@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components import UserError
-from components.mixing import kept_count
+from components.choosing import kept_count
 from components.schedule import PruningSchedule
 
 curves = st.sampled_from(["cosine", "cubic"])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.agent import Objective
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from search.scheduler import EarlyStopping, MultiObjectiveHalving
 from search.trial_types import TrialResult
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import components
 from agents.agent import agent_class
 from components import DependencyGraph
-from components.mixing import PruningPlan, choose, kept_count
+from components.choosing import choose, kept_count
+from components.plan import PruningPlan
 from components.size import component_sizes, parameter_count
 from components.soft_masks import SoftModel, soft_mask
 from search.base import trace_agent

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from components.choosing import kept_count
 from components.dependency import Group
 from components.errors import UserError
-from components.mixing import PruningPlan, kept_count
+from components.plan import PruningPlan
 from search.space import OptionRange, SearchSpace
 
 ENCODER, DECODER = frozenset({"encoder"}), frozenset({"decoder"})

@@ -21,9 +21,9 @@ import torch
 from optuna.trial import TrialState
 
 from agents.agent import Objective
+from components.choosing import kept_count
 from components.dependency import Group
 from components.errors import UserError
-from components.mixing import kept_count
 from search import study as study_module
 from search.constraints import Constraint
 from search.pareto import hypervolume_log

@@ -11,7 +11,7 @@ import pytest
 import torch
 import toy_agents
 
-from components.mixing import PruningPlan
+from components.plan import PruningPlan
 from components.tracker import Tracking
 from search.base import Base, train_base, untrained_base
 from search.trial import TrialResult, TrialSettings, TrialSpec, run_trial, trial_seed

@@ -42,7 +42,7 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...]]) -> dict[str, list
 
     torch.set_num_threads(1)
     from agents.agent import agent_class
-    from components.mixing import PruningPlan
+    from components.plan import PruningPlan
     from search.arrays import to_tensors
     from search.base import train_base
     from search.checked_experiment import check

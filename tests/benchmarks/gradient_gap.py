@@ -39,7 +39,7 @@ from torch import Tensor
 from agents.tdmpc import planner
 from agents.tdmpc.agent import TDMPC
 from agents.tdmpc.episodes import episode_seeds
-from components.mixing import choose
+from components.choosing import choose
 from components.pruning import prune
 from components.soft_masks import masked_normal
 from search.arrays import to_tensors

@@ -43,7 +43,8 @@ def run_seed(
     from pathlib import Path
 
     from agents.agent import agent_class
-    from components.mixing import PruningPlan, kept_count
+    from components.choosing import kept_count
+    from components.plan import PruningPlan
     from components.schedule import PruningSchedule
     from components.size import parameter_count
     from search.arrays import to_tensors

@@ -3,7 +3,7 @@
 The claim of arXiv 2601.19794, on the shipped experiment `cartpole` or another: what counts early in the
 training of a base is not what counts at its end. `--runs DIR ...` reads bases that are stored, one for each
 seed; without it, `--seeds` of them are trained with the experiment's settings, some minutes each, and
-importance tracked in every step (`--set base.importance.every=16` is the default of experiments).
+importance tracked in every step (`--set base.importance.every=24` is the default of experiments).
 
 For every metric and 10, 25, 50 and 90 % of the training against its end, mean and 95 % interval over the
 bases:
@@ -29,7 +29,7 @@ import numpy as np
 from figures import run
 from fronts import interval
 
-from components.mixing import COUPLING
+from components.plan import COUPLING
 from search.base_files import save_base
 from search.checked_experiment import check
 from search.config import load_experiment

@@ -176,7 +176,7 @@ class Seed:
         return checked.new_study(None, GradientSweep(points, checked.anchors))
 
     def _uniform(self, metric: str, overrides: Sequence[str]) -> list[Point | None]:
-        from components.mixing import PruningPlan
+        from components.plan import PruningPlan
         from search.trial import run_trial
         from search.trial_types import TrialSpec, trial_seed
 

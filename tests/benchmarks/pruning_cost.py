@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from components import importance, trace
 from components.calibration import record
+from components.choosing import choose
 from components.dependency import Scores
-from components.mixing import PruningPlan, choose
+from components.plan import PruningPlan
 from components.pruning import kept_indices, slice_state
 from components.reconstruction import reconstruct
 

@@ -15,12 +15,14 @@ A search of fewer trials is the beginning of a longer one, but for `nsga2`, `gri
 population or plan goes by the budget: the others are run once, with the largest. `seconds` are those that the
 proposals of it took, the sweep of `gradient` included.
 
-Intervals are 95 % (Student's t) over the seeds. `winner` names the best in the mean at each budget.
+Intervals are 95 % (Student's t) over the seeds. `winner` names the best in the mean at each budget. What is
+finished is kept in `--into`, if that is given, and a run that was stopped goes on there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -81,12 +83,14 @@ def known_hypervolume() -> float:
     return float(np.where(sizes >= SMALLEST, best_retention(sizes), 0.0).mean())
 
 
-def run_seed(arguments: tuple[str, int, tuple[str, ...], tuple[int, ...]]) -> dict[tuple[str, int], float]:
+def run_seed(
+    arguments: tuple[str, int, tuple[str, ...], tuple[int, ...], Path | None],
+) -> dict[tuple[str, int], float]:
     """Hypervolume by sampler and budget, on one seed, in a process of its own with one thread.
 
     Under budget 0, the seconds of the proposals of the largest one.
     """
-    problem, seed, samplers, budgets = arguments
+    problem, seed, samplers, budgets, into = arguments
     import torch
 
     torch.set_num_threads(1)
@@ -97,6 +101,13 @@ def run_seed(arguments: tuple[str, int, tuple[str, ...], tuple[int, ...]]) -> di
     share = known_hypervolume() if problem == "synthetic" else 1.0
     search = _synthetic_search if problem == "synthetic" else _autoencoder_search(seed)
     for sampler in samplers:
+        kept = None if into is None else into / f"{problem}_{seed}_{sampler}.json"
+        if kept is not None and kept.exists():
+            stored = {int(budget): value for budget, value in json.loads(kept.read_text()).items()}
+            if set(stored) != {0, *budgets}:
+                raise SystemExit(f"{kept} is of other budgets: delete it, or choose another --into")
+            found.update({(sampler, budget): value for budget, value in stored.items()})
+            continue
         points: Points = []
         for budget in sorted(budgets, reverse=True):
             if not points or sampler in BUDGETED:
@@ -107,6 +118,9 @@ def run_seed(arguments: tuple[str, int, tuple[str, ...], tuple[int, ...]]) -> di
             found[sampler, budget] = hypervolume_log(sizes, retentions) / share
             words = f"{problem} {seed}: {sampler} {budget}: {found[sampler, budget]:.3f}"
             print(words, file=sys.stderr, flush=True)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps({budget: found[sampler, budget] for budget in (0, *budgets)}))
     return found
 
 
@@ -197,7 +211,7 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     for problem in options.problems:
         samplers = [name for name in options.samplers if problem != "synthetic" or name != "gradient"]
-        jobs = [(problem, seed, tuple(samplers), tuple(options.budgets)) for seed in seeds]
+        jobs = [(problem, seed, tuple(samplers), tuple(options.budgets), options.into) for seed in seeds]
         with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
             by_seed = list(pool.map(run_seed, jobs))
         found[f"{problem}_seconds"] = {
@@ -218,6 +232,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
     parser.add_argument("--budgets", nargs="+", type=int, default=[32, 64, 128, 256])
+    parser.add_argument("--into", type=Path, default=None, help="keeps what is finished")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from rich.console import Console
 from trial_cost import space
 
 from agents.agent import Objective
-from components.mixing import kept_count
+from components.choosing import kept_count
 from search.base import Base
 from search.checked_experiment import check
 from search.config import load_experiment

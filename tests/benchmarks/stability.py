@@ -31,7 +31,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from agents.tdmpc.agent import TDMPC
     from agents.tdmpc.episodes import Returns, episode_seeds
     from agents.tdmpc.world_model import WorldModel
-    from components.mixing import PruningPlan
+    from components.plan import PruningPlan
     from search.arrays import to_tensors
     from search.base import Base, train_base
     from search.base_files import load_base

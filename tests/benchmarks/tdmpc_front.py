@@ -51,7 +51,7 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
     torch.set_num_threads(1)
     from agents.tdmpc.agent import TDMPC
     from agents.tdmpc.episodes import Returns, episode_seeds
-    from components.mixing import PruningPlan
+    from components.plan import PruningPlan
     from components.size import parameter_count
     from search.arrays import to_tensors
     from search.base import train_base
@@ -174,7 +174,7 @@ def run_seed(arguments: tuple[str, int, int, tuple[str, ...], Path]) -> dict[str
         return [Point(parameter_count(agent.model) / base.parameters, *retained(returns))]
 
     def random_weights() -> list[Point]:
-        from components.mixing import choose
+        from components.choosing import choose
 
         found = []
         for spec in our_plans():
