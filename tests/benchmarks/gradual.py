@@ -7,9 +7,10 @@ For several base seeds and sizes, all groups pruned alike, every metric of the e
   `one_shot_scratch`: a dense agent that trains for two thirds of them, is pruned, and goes on for the rest
   (only where the agent counts its training in updates).
 
-Reported are the test retention at every size and the processor time of the training from scratch, as a share
-of the dense one's; `slower` is every method's time of fine-tuning over that of `one_shot`. Intervals are 95 %
-(Student's t) over the seeds.
+Reported are the test retention at every size and the processor time of a trial from scratch, as a share of
+that of training the dense base, which is done once more beside every size; both score, repair and measure
+what they end with. `slower` is a method's time of a whole trial with fine-tuning over that of `one_shot`.
+Intervals are 95 % (Student's t) over the seeds.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ def run_seed(
             low, high = (share, high) if parameter_count(model) <= size * base.parameters else (low, share)
         return PruningPlan(dict.fromkeys(config.pruning.metrics, 1.0), dict.fromkeys(base.widths, 1 - low))
 
+    def timed(spec: TrialSpec, base: Base) -> tuple[TrialResult, float]:
+        start = time.process_time()
+        result = run_trial(spec, base)
+        return result, time.process_time() - start
+
     def test_retention(base: Base, result: TrialResult, reference: Base) -> float:
         if not result.complete:
             raise SystemExit(f"seed {seed}: {result.reason}")
@@ -99,8 +105,8 @@ def run_seed(
         return GradualSettings(PruningSchedule(curve, 0, end, max(1, end // 10)))  # type: ignore[arg-type]
 
     figures: Figures = {}
-    base, figures["dense/seconds"] = trained(checked.agent.options)
-    tell(f"the base took {figures['dense/seconds']:.0f} s")
+    base, seconds = trained(checked.agent.options)
+    tell(f"the base took {seconds:.0f} s")
     shorter = None
     if from_scratch and "updates" in base.options:
         total = base.options["updates"]
@@ -112,21 +118,18 @@ def run_seed(
             spec = TrialSpec(
                 0, plan, name, seed, replace(settings, fine_tune_updates=updates, gradual=gradual)
             )
-            start = time.process_time()
-            result = run_trial(spec, base)
-            figures[f"tune/{name}/{size}"] = time.process_time() - start
+            result, figures[f"tune/{name}/{size}"] = timed(spec, base)
             figures[f"{name}/{size}"] = test_retention(base, result, base)
         if from_scratch:
+            _, figures[f"train/dense/{size}"] = trained(checked.agent.options)
             steps = checked.agent.training_steps  # type: ignore[attr-defined]
             for curve in CURVES:
                 own = replace(
                     settings, base_mode="per_trial", fine_tune_updates=0, gradual=schedule(curve, steps)
                 )
-                result = run_trial(TrialSpec(0, plan, curve, seed, own), base)
+                result, seconds = timed(TrialSpec(0, plan, curve, seed, own), base)
                 figures[f"{curve}_scratch/{size}"] = test_retention(base, result, base)
-                figures[f"train/{curve}_scratch/{size}"] = sum(
-                    seconds for stage, seconds in result.timings.items() if stage != "evaluate"
-                )
+                figures[f"train/{curve}_scratch/{size}"] = seconds
             if shorter is not None:
                 rest = replace(settings, fine_tune_updates=base.options["updates"] - total * 2 // 3)
                 result = run_trial(TrialSpec(0, plan, "one_shot", seed, rest), shorter)
@@ -175,7 +178,7 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
         "seeds": options.seeds,
         "test_retention": present({method: over_seeds(f"{method}/SIZE") for method in methods}),
         "training_time_to_dense": present(
-            {method: over_seeds(f"train/{method}/SIZE", "dense/seconds") for method in methods}
+            {method: over_seeds(f"train/{method}/SIZE", "train/dense/SIZE") for method in methods}
         ),
         "slower": {curve: over_seeds(f"tune/{curve}/SIZE", "tune/one_shot/SIZE") for curve in CURVES},
     }
