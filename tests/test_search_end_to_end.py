@@ -224,6 +224,38 @@ def test_constraints_that_nothing_meets_leave_an_empty_front(capsys):
 
 
 @pytest.mark.usefixtures("serial")
+def test_coefficients_of_every_group_reach_all_that_a_search_leaves(capsys):
+    overrides = ["pruning.coefficients=per_group", "pruning.coefficients_force=true", "wandb.mode=offline"]
+    settings = [part for override in overrides for part in ("--set", override)]
+    assert main(["search", "toy.yaml", "--trials", "16", *settings]) == 0
+    trials = {trial["trial"]: trial for trial in records(TOY)}
+    for trial in trials.values():
+        assert trial["coefficients"].keys() == trial["widths"].keys()
+        for weights in trial["coefficients"].values():
+            assert weights.keys() == {"l2", "fisher"}
+            assert sum(weights.values()) == pytest.approx(1)
+    searched = [trial["coefficients"] for trial in trials.values() if trial["origin"] == "tpe"]
+    assert searched
+    for groups in searched:
+        assert len({weights["l2"] for weights in groups.values()}) == len(groups), "each has its own"
+    for entry in front(TOY)["trials"]:
+        plan = json.loads((TOY / entry["bundle"] / "plan.json").read_text())
+        assert plan["coefficients"] == entry["coefficients"] == trials[entry["trial"]]["coefficients"]
+    runs = offline_runs(TOY)
+    for number, trial in trials.items():
+        logged = runs[f"trial {number}"].config
+        for group, weights in trial["coefficients"].items():
+            for metric, weight in weights.items():
+                assert logged[f"coefficient/{group.replace('.', '/')}/{metric}"] == weight
+    assert main(["report", "toy"]) == 0
+    assert main(["select", "toy", "--min-retention", "0", "--out", "smallest"]) == 0
+    assert main(["verify", "smallest"]) == 0
+    page = (TOY / "report.html").read_text()
+    for group in trials[0]["widths"]:
+        assert f"weight {group} l2" in page
+
+
+@pytest.mark.usefixtures("serial")
 def test_a_latency_objective_is_measured_again_at_the_end(capsys):
     arguments = ["search", "toy.yaml", "--trials", "3"]
     assert main([*arguments, "--set", "search.objectives=[latency_p99_ms, reconstruction_error]"]) == 0
