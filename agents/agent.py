@@ -235,6 +235,10 @@ class Shrinkable(Protocol):
     def training_steps(self) -> int:
         """What the `progress` of `train` is told as the total."""
 
+    @property
+    def training_updates(self) -> int:
+        """How many gradient updates a training makes, which a tracker is told of."""
+
     def shrink(self, kept: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on with fewer channels.
 
@@ -251,6 +255,18 @@ class Shrinkable(Protocol):
         self, method: str, updates: int, seed: int, progress: Progress, tracker: Tracker | None = None
     ) -> Mapping[str, float] | None:
         """As `Agent.fine_tune`, telling a tracker of every update, as `train` does."""
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """An agent that measures some things by the trained dense base, also where it was not pruned from it."""
+
+    def compare_with(self, base: Agent) -> None:
+        """Be told of the base; before `evaluate`, once the agent is trained.
+
+        Args:
+            base: serves many agents: neither it nor its data may be changed.
+        """
 
 
 def taught_methods(agent: Agent) -> tuple[str, ...]:

@@ -275,6 +275,11 @@ class Autoencoder:
     # --- learning ----------------------------------------------------------------------------------------
 
     @property
+    def training_updates(self) -> int:
+        """Gradient updates of the training."""
+        return self._options.updates
+
+    @property
     def training_steps(self) -> int:
         """Gradient updates of the training."""
         return self._options.updates

@@ -44,10 +44,17 @@ class Ranking:
             as many as they would one by one, wherever the scores are lowest (after Fang et al., 2024,
             2407.04616).
         round_to: widths are multiples of it, as hardware likes them: see `kept_count`.
+        max_ratio: the largest share that a group may lose where it competes with others, in (0, 1]; one
+            channel stays in any case. The plan says what a group loses that does not.
     """
 
     scope: Literal["group", "isomorphic"] = "group"
     round_to: int = 1
+    max_ratio: float = 1.0
+
+    def least(self, size: int) -> int:
+        """How many channels of a group have to stay."""
+        return kept_count(size, self.max_ratio, self.round_to)
 
 
 PER_GROUP = Ranking()
@@ -60,6 +67,7 @@ def choose(
     plan: PruningPlan,
     ranking: Ranking = PER_GROUP,
     counts: Mapping[str, int] | None = None,
+    least: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """The channels to keep: the highest mixed scores, and in every group at least one channel.
 
@@ -69,6 +77,7 @@ def choose(
         plan: mixing coefficients and pruning ratios.
         ranking: which channels compete with one another.
         counts: group -> how many stay, from 1 to its size, instead of what the plan's ratios say.
+        least: group -> how many of those that compete have to stay, instead of what the ranking says.
 
     Returns:
         For every group a bool tensor `(size,)` on the CPU; True keeps the channel. Among equal scores the
@@ -87,7 +96,9 @@ def choose(
             for group in graph.groups
         }
     if ranking.scope == "isomorphic":
-        return _keep_among_comparable(graph, scores, plan, counts, ranking.round_to)
+        if least is None:
+            least = {group.name: ranking.least(group.size) for group in graph.groups}
+        return _keep_among_comparable(graph, scores, plan, counts, least, ranking.round_to)
     return {
         group.name: _highest(mix(_of_group(group, scores), plan.coefficients_of(group)), counts[group.name])
         for group in graph.groups
@@ -117,6 +128,7 @@ def _keep_among_comparable(
     scores: Mapping[str, Scores],
     plan: PruningPlan,
     counts: Mapping[str, int],
+    least: Mapping[str, int],
     round_to: int,
 ) -> dict[str, Tensor]:
     """Groups that are built alike share out, by their scores, what they would keep one by one.
@@ -142,11 +154,13 @@ def _keep_among_comparable(
             weighted({metric: parts[i] for metric, parts in pooled.items()}, plan.coefficients_of(group))
             for i, group in enumerate(groups)
         ]
-        # Every group keeps its best channel; for the others all compete.
-        ahead = [values.clone() for values in mixed]
-        for values in ahead:
-            values[values.argmax()] = math.inf
-        together = _highest(torch.cat(ahead), max(sum(counts[group.name] for group in groups), len(groups)))
+        # Every group keeps the best channels that it must; for the others all compete.
+        ahead = [
+            values.masked_fill(_highest(values, least[group.name]), math.inf)
+            for group, values in zip(groups, mixed, strict=True)
+        ]
+        wanted = (sum(of[group.name] for group in groups) for of in (counts, least))
+        together = _highest(torch.cat(ahead), max(wanted))
         for group, values, chosen in zip(groups, mixed, torch.split(together, sizes), strict=True):
             share = 1.0 - int(chosen.sum()) / group.size
             keep[group.name] = _highest(values, kept_count(group.size, share, round_to))

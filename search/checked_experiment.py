@@ -110,7 +110,7 @@ class CheckedExperiment:
             fine_tune_method=pruning.fine_tune.method,
             fine_tune_updates=pruning.fine_tune.updates,
             rungs=early_stopping.rungs_of(pruning.fine_tune.updates) if early_stopping else (),
-            ranking=Ranking(pruning.ranking, pruning.round_to),
+            ranking=Ranking(pruning.ranking, pruning.round_to, pruning.max_ratio),
             gradual=self._gradual,
             base_mode=self.config.base.mode,
             tracking=self.config.base.importance.tracking,
@@ -214,6 +214,7 @@ def check(
             f"fine-tuned by {method or agent.fine_tune_methods[0]!r}: choose {instead}null"
         )
     _schedule(config, agent)
+    _require_enough_tracking(config, agent)
     search = config.search
     objectives = resolve_objectives(
         search.objectives, search.constraints, agent.performance, measurements(agent)
@@ -240,11 +241,7 @@ def check(
         round_to=config.pruning.round_to,
         options=_option_ranges(config, agent),
     )
-    if config.search.chosen_sampler == "gradient" and config.pruning.ranking != "group":
-        raise UserError(
-            f"search.sampler is 'gradient', which finds a threshold for every group, and pruning.ranking is "
-            f"{config.pruning.ranking!r}: choose 'group', or another sampler"
-        )
+    _require_what_gradient_needs(config, space)
     _grid(config, space)
     earlier = _earlier_trials(config, path, space, objectives, resume=resume)
     return CheckedExperiment(config, path, agent, objectives, space, resume, earlier)
@@ -264,6 +261,47 @@ def _grid(config: ExperimentConfig, space: SearchSpace) -> Grid | None:
     if search.chosen_sampler != "grid":
         return None
     return grid_for(space, search.trials, _anchors(config, space), search.grid)
+
+
+def _require_what_gradient_needs(config: ExperimentConfig, space: SearchSpace) -> None:
+    """Refuse what would make of a sweep's points other models than its masks say, and a sweep of none.
+
+    Raises:
+        UserError: the sampler is `gradient`, and the rest does not go with it.
+    """
+    search, pruning = config.search, config.pruning
+    if search.chosen_sampler != "gradient":
+        return
+    asked = {"ranking": pruning.ranking, "round_to": pruning.round_to, "schedule": pruning.schedule.kind}
+    for key, needed in {"ranking": "group", "round_to": 1, "schedule": "one_shot"}.items():
+        if asked[key] != needed:
+            raise UserError(
+                "search.sampler is 'gradient', which finds a threshold for every group and prunes there at "
+                f"once, and pruning.{key} is {asked[key]!r}: choose {needed!r}, or another sampler"
+            )
+    anchors = _anchors(config, space)
+    if search.trials <= anchors:
+        raise UserError(
+            f"search.sampler is 'gradient', and {search.trials} trials leave nothing to it after {anchors} "
+            "anchors: raise search.trials, or set search.anchors to false"
+        )
+
+
+def _require_enough_tracking(config: ExperimentConfig, agent: Agent) -> None:
+    """Refuse to follow a training so coarsely that a metric has nothing to go by at its end.
+
+    Raises:
+        UserError: fewer than two updates would be tracked, and `bayesian` is wanted.
+    """
+    every = config.base.importance.every
+    if not isinstance(agent, Shrinkable) or "bayesian" not in config.pruning.metrics:
+        return
+    if agent.training_updates <= every:
+        raise UserError(
+            f"base.importance.every is {every} and the training makes {agent.training_updates} updates, of "
+            f"which pruning.metrics 'bayesian' needs at least two tracked: let every be at most "
+            f"{max(1, agent.training_updates - 1)}"
+        )
 
 
 def _schedule(config: ExperimentConfig, agent: Agent) -> PruningSchedule | None:
@@ -291,6 +329,11 @@ def _schedule(config: ExperimentConfig, agent: Agent) -> PruningSchedule | None:
                 "pruning.fine_tune.updates 0"
             )
         return wish.over(agent.training_steps, "steps of training")
+    if pruning.fine_tune.updates == 0:
+        raise UserError(
+            f"pruning.schedule is {wish.kind!r}, which prunes during fine-tuning, and "
+            "pruning.fine_tune.updates is 0: raise that, or choose 'one_shot'"
+        )
     schedule = wish.over(pruning.fine_tune.updates, "updates of fine-tuning")
     stopping = config.search.early_stopping
     if schedule is not None and stopping is not None:

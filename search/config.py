@@ -259,6 +259,15 @@ class ScheduleConfig(_Section):
         """`schedule: cosine` is short for `schedule: {kind: cosine}`."""
         return {"kind": data} if isinstance(data, str) else data
 
+    @model_validator(mode="after")
+    def _nothing_to_schedule(self) -> ScheduleConfig:
+        if self.kind == "one_shot":
+            idle = [name for name in ("start", "end", "interval") if getattr(self, name)]
+            if idle:
+                reason = "is for the kinds 'cosine' and 'cubic', and the kind is 'one_shot'"
+                raise Fault(reason, key=idle[0], value=shown(getattr(self, idle[0])))
+        return self
+
     def over(self, steps: int, counted: str) -> PruningSchedule | None:
         """The schedule over a training of so many steps; None where everything goes at once.
 
@@ -271,6 +280,11 @@ class ScheduleConfig(_Section):
         """
         if self.kind == "one_shot":
             return None
+        if self.start > steps:
+            raise UserError(
+                f"pruning.schedule starts after {self.start} steps and the training ends after {steps} "
+                f"{counted}: let it start sooner"
+            )
         end = max(self.start, 2 * steps // 3) if self.end is None else self.end
         if end > steps:
             raise UserError(

@@ -133,7 +133,7 @@ def predict(
     propose: float,
     train: float | None,
     cores: int,
-    per_trial: bool = False,
+    train_each: float = 0.0,
 ) -> SearchCost:
     """What a search takes with certain resources.
 
@@ -145,11 +145,11 @@ def predict(
         measured: what trials cost.
         trials: of the search.
         propose: seconds of all proposals together.
-        train: seconds of training a base; None where it is not known.
+        train: seconds of training a base before the first trial; None where it is not known.
         cores: of this machine.
-        per_trial: every trial trains its own base.
+        train_each: seconds of training in every trial.
     """
-    one = measured.trial_seconds(setting.threads) + (train or 0.0 if per_trial else 0.0)
+    one = measured.trial_seconds(setting.threads) + train_each
     side_by_side = (trials * one + propose) / setting.at_once
     # The CPUs that there are have to do all of the work, the driver's too.
     available = cores if setting.here else setting.total_cpus + 1
@@ -158,7 +158,7 @@ def predict(
     return SearchCost(
         setting,
         start=START_SECONDS + measured.set_up,
-        train=0.0 if per_trial and train is not None else train,
+        train=train,
         trials=wall,
         test=measured.test * max(1, round(FRONT_SHARE * trials)),
         limit="proposals" if wall == propose else "trials",

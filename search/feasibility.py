@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Name = Literal["smallest", "middle", "largest"]
 
-NEVER_NEGATIVE = frozenset({"reconstruction_error", *LATENCIES, *STABILITIES})
+NEVER_NEGATIVE = frozenset({"reconstruction_error", "return_standard_error", *LATENCIES, *STABILITIES})
 """Measurements that cannot be below 0."""
 
 ORDERED = (
@@ -146,7 +146,7 @@ def _ranges(
     for measurement, amount in sizes.items():
         called = (f"the smallest possible model has {amount}", f"the largest possible model has {amount}")
         ranges[measurement] = (getattr(smallest, measurement), getattr(largest, measurement), called)
-    for measurement in {performance.name, *LATENCIES, *STABILITIES} & NEVER_NEGATIVE:
+    for measurement in NEVER_NEGATIVE:
         most = 1.0 if measurement in STABILITIES else math.inf
         words = measurement.replace("_", " ")
         ranges[measurement] = (0.0, most, (f"{words} is never below {{}}", f"{words} is never above {{}}"))

@@ -12,7 +12,7 @@ from agents.agent import UNTRACKED, Agent, Progress, Shrinkable, Tracker, calibr
 from agents.shrinking import narrowed
 from components import DependencyGraph, importance
 from components.calibration import Program, Recording, record
-from components.choosing import Ranking, choose, kept_count
+from components.choosing import Ranking, choose, comparable_groups, kept_count
 from components.dependency import Keep, Scores
 from components.gram import Grams
 from components.mixing import normalise, weighted_metrics
@@ -25,7 +25,10 @@ from search.stages import Stages
 from search.trial_types import GradualSettings
 
 TRACKED_STEPS = 4
-"""How many updates between two prunings are tracked; of a schedule that counts something else, as many."""
+"""How many updates between two prunings are tracked, where there are so many."""
+
+LEAST_TRACKED = 2
+"""So many tracked updates a score needs that is read off them: `bayesian` a variance, which takes two."""
 
 DECAY = 0.9
 """Of the tracker's averages, per tracked update: shorter than a base's, because a shrinking model changes."""
@@ -39,7 +42,8 @@ class GradualPruning:
 
     At every step of the schedule the channels are scored anew, each metric smoothed with what it said before,
     the lowest are cut from the model and all that mirrors it, and what read them is refitted if wanted. At
-    the end every group is as wide as the plan says.
+    the end every group is as wide as the plan says. What is due before there are scores at all, because too
+    few updates were made, waits for them.
 
     Args:
         agent: dense; shrinks.
@@ -50,6 +54,7 @@ class GradualPruning:
         reconstruction: how what read a channel is refitted; `none` where `settings` say so.
         seed: of calibration data, and of scores that are random.
         stages: gets the time.
+        updates_per_step: gradient updates to a step of the schedule.
         scores: to begin with, by metric; None where there are none yet.
 
     Attributes:
@@ -69,6 +74,7 @@ class GradualPruning:
         reconstruction: Method,
         seed: int,
         stages: Stages,
+        updates_per_step: float = 1.0,
         scores: Mapping[str, Scores] | None = None,
     ) -> None:
         if not isinstance(agent, Shrinkable):
@@ -91,7 +97,7 @@ class GradualPruning:
         self._reached = 0.0
         self._tracker: ImportanceTracker | None = None
         if any(importance.METRICS[metric].needs == "statistics" for metric in self._metrics):
-            every = max(1, self._schedule.interval // TRACKED_STEPS)
+            every = max(1, int(self._schedule.interval * updates_per_step) // TRACKED_STEPS)
             self._tracker = ImportanceTracker(graph, agent.model, decay=DECAY, every=every, interval=NEVER)
 
     @property
@@ -112,8 +118,9 @@ class GradualPruning:
         """
         if not self.finished:
             raise RuntimeError(
-                f"the training ended before the schedule did, at {self._schedule.end} steps: "
-                f"{type(self.agent).__name__} tells too little of its progress"
+                f"the training ended before the schedule did, at {self._schedule.end} steps: it makes fewer "
+                f"than {LEAST_TRACKED} updates, or {type(self.agent).__name__} tells too little of its "
+                "progress"
             )
 
     def during(self, progress: Progress) -> Progress:
@@ -135,22 +142,27 @@ class GradualPruning:
             for name, size in self._dense_widths.items()
         }
         if sum(counts.values()) < sum(self._graph.widths.values()):
-            if not self._ready(done):
+            if not self._ready:
                 return
             stage = self._stages.current
             self._stages.enter("score")
             seen = self._recorded()
             self._score(None if seen is None else seen.recording.grams)
             self._stages.enter("mix")
-            keep = choose(self._graph, self._scores, self._plan, self._ranking, counts)
+            least = {name: self._ranking.least(size) for name, size in self._dense_widths.items()}
+            keep = choose(self._graph, self._scores, self._plan, self._ranking, counts, least)
             self._cut(keep, seen)
             self._stages.enter(stage)
         self._reached = due
 
-    def _ready(self, done: int) -> bool:
-        """Whether there is something to score by; before the end that may be waited for."""
-        seen = self._tracker is None or self._tracker.steps > 0
-        return seen or bool(self._scores) or done >= self._schedule.end
+    @property
+    def _ready(self) -> bool:
+        """Whether there is something to score by."""
+        return self._tracker is None or self._seen_enough or bool(self._scores)
+
+    @property
+    def _seen_enough(self) -> bool:
+        return self._tracker is not None and self._tracker.steps >= LEAST_TRACKED
 
     def _recorded(self) -> _Seen | None:
         """What the present model makes of calibration data, for scores and repair; None if neither asks."""
@@ -169,12 +181,11 @@ class GradualPruning:
     def _score(self, grams: Grams | None) -> None:
         """Score the present channels, and smooth that with what was said of them before."""
         agent = self.agent
-        tracked = self._tracker is not None and self._tracker.steps > 0
-        statistics = self._tracker.statistics() if self._tracker is not None and tracked else None
+        statistics = self._tracker.statistics() if self._tracker is not None and self._seen_enough else None
         state = {name: tensor.detach() for name, tensor in agent.model.state_dict().items()}
         for metric in self._metrics:
-            if importance.METRICS[metric].needs == "statistics" and statistics is None and self._scores:
-                continue
+            if importance.METRICS[metric].needs == "statistics" and statistics is None:
+                continue  # what was said before stays
             fresh = importance.score(
                 metric, self._graph, state=state, statistics=statistics, grams=grams, seed=self._seed
             )
@@ -182,10 +193,20 @@ class GradualPruning:
             self._scores[metric] = fresh if before is None else self._smoothed(before, fresh)
 
     def _smoothed(self, before: Scores, fresh: Scores) -> Scores:
-        return {
-            group: torch.lerp(normalise(scores.cpu()), normalise(before[group].cpu()), self._smoothing)
-            for group, scores in fresh.items()
-        }
+        """Both brought to one scale, over all channels that compete with one another, and averaged."""
+        names = list(fresh)
+        first = (
+            comparable_groups(self._graph.groups)
+            if self._ranking.scope == "isomorphic"
+            else {name: name for name in names}
+        )
+        found: dict[str, Tensor] = {}
+        for kind in dict.fromkeys(first.values()):
+            groups = [name for name in names if first[name] == kind]
+            old, new = (normalise(torch.cat([of[name].cpu() for name in groups])) for of in (before, fresh))
+            mixed = torch.lerp(new, old, self._smoothing)
+            found |= zip(groups, torch.split(mixed, [len(fresh[name]) for name in groups]), strict=True)
+        return {name: found[name] for name in names}
 
     def _cut(self, keep: Keep, seen: _Seen | None) -> None:
         """Cut the agent, the tracker and the scores, and refit what read the channels that are gone."""

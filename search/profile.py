@@ -48,8 +48,9 @@ class Prediction:
     Attributes:
         measured: what trials cost; None where none could be measured.
         trained_base: whether that was measured on the trained base.
-        training: how long training the base takes; 0 where there is one already.
-        per_trial: every trial trains its own base.
+        training: how long training a base takes; 0 where there is one already.
+        trained_first: whether the search trains one before its trials.
+        train_each: seconds of training in every trial, None where that is not known; 0 where none does.
         propose: seconds that all proposals together take.
         device: that trials were measured on.
         costs: with different resources; the first is what a search does here if nothing else is said.
@@ -59,7 +60,8 @@ class Prediction:
     measured: MeasuredTrials | None
     trained_base: bool
     training: TrainingTime
-    per_trial: bool
+    trained_first: bool
+    train_each: float | None
     propose: float
     device: str
     costs: tuple[SearchCost, ...]
@@ -90,6 +92,7 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
         settings = replace(settings, gradual=None)
     trained = base is not None
     training = TrainingTime(0.0, "already trained") if trained else TrainingTime(None, "not measured")
+    earlier = base.training_seconds if base is not None else None
     measured: MeasuredTrials | None = None
     try:
         if base is None:
@@ -111,6 +114,14 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
             "longer than they need be, several trials at a time take longer than predicted while it is, and "
             "trials with several threads, which suffer most, were not measured."
         )
+    train_each: float | None = 0.0
+    if per_trial:
+        train_each = training.seconds if earlier is None else earlier
+        if config.has_trained_base:
+            notes.append(
+                "Trainings that prune along the way are predicted to take as long as that of the base: "
+                "scoring costs some time at every step, and a narrower model saves some."
+            )
     say(f"measuring how fast {config.search.chosen_sampler} proposes")
     propose = proposal_seconds(checked) + (0.0 if base is None else planning_seconds(checked, base))
     costs: tuple[SearchCost, ...] = ()
@@ -124,9 +135,9 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
                 measured,
                 trials=config.search.trials,
                 propose=propose,
-                train=training.seconds,
+                train=training.seconds if config.has_trained_base or training.seconds is None else 0.0,
                 cores=cores,
-                per_trial=per_trial,
+                train_each=train_each or 0.0,
             )
             for setting in settings_of(
                 config.resources.cpus, list(measured.by_threads), config.search.trials, cores, own
@@ -136,7 +147,17 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
             key=lambda cost: (cost.setting.cpus, cost.setting.at_once) != (config.resources.cpus, own)
         )
         costs = tuple(predicted)
-    return Prediction(measured, trained, training, per_trial, propose, checked.device, costs, tuple(notes))
+    return Prediction(
+        measured,
+        trained,
+        training,
+        config.has_trained_base,
+        train_each,
+        propose,
+        checked.device,
+        costs,
+        tuple(notes),
+    )
 
 
 def measure(

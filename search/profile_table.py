@@ -86,8 +86,8 @@ def stage_table(prediction: Prediction, trials: int) -> Table:
     if measured is None:
         return table
     sizes = (measured.smallest, measured.middle, measured.largest, measured.mean)
-    if prediction.per_trial:
-        seconds = prediction.training.seconds
+    seconds = prediction.train_each
+    if seconds != 0:
         alike = "?" if seconds is None else f"{seconds:.3g}"
         table.add_row("train", *[alike] * 4, "?" if seconds is None else about(trials * seconds))
     for stage, mean in measured.mean.items():
@@ -127,7 +127,9 @@ def basis_lines(plan: Outline, prediction: Prediction) -> list[str]:
     """What the prediction rests on, one sentence each."""
     training = prediction.training
     seconds = "" if training.seconds is None else f"{about(training.seconds)}, "
-    each = " in every trial" if prediction.per_trial else ""
+    each = ""
+    if prediction.train_each != 0:
+        each = " first, and again in every trial" if prediction.trained_first else " in every trial"
     lines = (
         [f"Base: {seconds}{training.basis}{each}."] if training.seconds != 0 else ["Base: already trained."]
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agents.agent import Agent, Progress, Shrinkable, Student, agent_class
+from agents.agent import Agent, Comparing, Progress, Shrinkable, Student, agent_class
 from components import DependencyGraph
 from components.choosing import choose
 from components.dependency import Scores
@@ -130,9 +130,13 @@ def _pruned_in_training(
     stages.enter("train")
     agent = agent_class(base.kind)({**base.options, **spec.options}, None, to_tensors(base.data), device)
     graph = trace_agent(agent, agent.calibration_inputs(TRACE_ROWS, spec.seed))
-    pruning = _gradual_pruning(spec, gradual, agent, graph, stages, None)
+    assert isinstance(agent, Shrinkable)
+    updates_per_step = agent.training_updates / agent.training_steps
+    pruning = _gradual_pruning(spec, gradual, agent, graph, stages, None, updates_per_step)
     agent.train(spec.seed, pruning.tracker, pruning.during(lambda done, total, note: None))
     pruning.require_finished()
+    if isinstance(agent, Comparing):
+        agent.compare_with(prepare(base, device).agent)
     return PrunedAgent(agent, graph, base, lambda: pruning.kept, agent.fine_tune, "training")
 
 
@@ -143,6 +147,7 @@ def _gradual_pruning(
     graph: DependencyGraph,
     stages: Stages,
     scores: Mapping[str, Scores] | None,
+    updates_per_step: float = 1.0,
 ) -> GradualPruning:
     settings = spec.pruning
     return GradualPruning(
@@ -154,5 +159,6 @@ def _gradual_pruning(
         reconstruction=settings.reconstruction,
         seed=spec.seed,
         stages=stages,
+        updates_per_step=updates_per_step,
         scores=scores,
     )

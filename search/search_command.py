@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from search.base import Base
 from search.checked_experiment import CheckedExperiment, check
 from search.config import ExperimentConfig
 from search.driver import SearchOutcome, describe
@@ -63,9 +64,7 @@ def run(
         UserError: the experiment cannot run, or no trial was completed.
     """
     checked = check(config, path, resume=resume)
-    if config.search.constraints:  # before a base is trained for nothing
-        smallest, _, largest = possible_models(config.agent.kind, checked.agent, checked.space)
-        require_reachable(config.search.constraints, smallest, largest, checked.agent.performance)
+    _require_reachable(checked)  # before a base is trained for nothing
     if address is not None:
         require_answer(address)
     require_account(config.wandb.mode, config.wandb.entity)
@@ -73,9 +72,18 @@ def run(
     with TrainingProgress("base", console) as progress:
         ready = make_ready(checked, progress)
     try:
+        _require_reachable(checked, ready.base)  # and before trials run for nothing
         return _run(ready, address, console)
     finally:
         ready.run.release()
+
+
+def _require_reachable(checked: CheckedExperiment, base: Base | None = None) -> None:
+    """Refuse constraints that no trial can meet, as far as that is known."""
+    config = checked.config
+    if config.search.constraints:
+        smallest, _, largest = possible_models(config.agent.kind, checked.agent, checked.space)
+        require_reachable(config.search.constraints, smallest, largest, checked.agent.performance, base)
 
 
 def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
@@ -199,7 +207,10 @@ def _tried(result: TrialResult) -> Tried:
 def plan_line(checked: CheckedExperiment) -> str:
     """What is about to happen, in a few sentences."""
     config = checked.config
-    base = "a base" if config.base.mode == "shared" else "a base in every trial"
+    base = "a base"
+    if config.base.mode == "per_trial":
+        gradual = checked.trial_settings().gradual is not None
+        base = "a base to compare with, and one in every trial" if gradual else "a base in every trial"
     objectives = " against ".join(objective.name for objective in checked.objectives)
     options = f"; choose its {', '.join(checked.space.options)}" if checked.space.options else ""
     metrics = ", ".join(config.pruning.metrics)

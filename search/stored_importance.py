@@ -43,7 +43,7 @@ def _require_base(run: RunDirectory) -> None:
     if (run.base / "metrics.json").is_file():
         return
     config = parse_experiment(run.experiment.read_text(encoding="utf-8"), source=str(run.experiment))
-    if config.base.mode == "per_trial":
+    if not config.has_trained_base:
         raise UserError(
             f"{run.path} stores no base: with base.mode 'per_trial' every trial trains its own, and keeps "
             "the pruned agent only"

@@ -165,6 +165,17 @@ def test_isomorphic_ranking_keeps_the_best_of_all_that_compete(data):
     assert found == list(best)
 
 
+def test_isomorphic_ranking_takes_no_more_from_a_group_than_the_largest_ratio():
+    graph = alike({"x": 10, "y": 10})
+    scores = {"l2": {"x": torch.full((10,), 9.0), "y": torch.arange(10.0) / 100}}
+    plan = PruningPlan({"l2": 1.0}, dict.fromkeys("xy", 0.5))
+    keep = choose(graph, scores, plan, Ranking("isomorphic", max_ratio=0.8))
+    assert {name: int(mask.sum()) for name, mask in keep.items()} == {"x": 8, "y": 2}
+    assert keep["y"].tolist() == [False] * 8 + [True] * 2
+    keep = choose(graph, scores, plan, Ranking("isomorphic"))
+    assert {name: int(mask.sum()) for name, mask in keep.items()} == {"x": 9, "y": 1}
+
+
 def test_isomorphic_ranking_takes_from_the_group_that_matters_less():
     graph = alike({"x": 4, "y": 4, "z": 4}, coupling=frozenset({"z"}))
     scores = {"l2": {"x": torch.full((4,), 9.0), "y": torch.full((4,), 1.0), "z": torch.arange(4.0)}}

@@ -63,7 +63,7 @@ def test_only_the_kind_of_agent_is_required() -> None:
 
 
 def test_importance_is_tracked_as_usual_unless_something_else_is_said() -> None:
-    assert load().base.importance.tracking == USUAL == Tracking(16, 0.99, 20, None)
+    assert load().base.importance.tracking == USUAL == Tracking(24, 0.99, 20, None)
     chosen = load("base.importance={every: 1, decay: 0.9, snapshots: 7, interval: 50}")
     assert chosen.base.importance.tracking == Tracking(1, 0.9, 7, 50)
     assert parse_experiment(chosen.to_yaml()) == chosen
@@ -735,4 +735,4 @@ def test_what_a_schedule_leaves_open_goes_by_the_training(chosen: dict[str, int]
     schedule = ScheduleConfig(kind="cosine", **chosen).over(150, "updates")
     assert schedule is not None
     assert (schedule.start, schedule.end, schedule.interval) == expected
-    assert ScheduleConfig(**chosen).over(150, "updates") is None
+    assert ScheduleConfig().over(150, "updates") is None

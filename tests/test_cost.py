@@ -76,7 +76,7 @@ def test_training_is_left_out_where_it_is_not_known_and_done_in_every_trial_wher
     unknown = predict(setting, MEASURED, trials=10, propose=0.0, train=None, cores=2)
     assert unknown.train is None
     assert unknown.total == pytest.approx(unknown.start + unknown.trials + unknown.test)
-    each = predict(setting, MEASURED, trials=10, propose=0.0, train=30.0, cores=2, per_trial=True)
+    each = predict(setting, MEASURED, trials=10, propose=0.0, train=0.0, cores=2, train_each=30.0)
     assert each.train == 0.0
     assert each.trials == pytest.approx(10 * 40.0 / 2)
 

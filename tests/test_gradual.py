@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 import components
+from agents.agent import measurements
 from agents.autoencoder import Autoencoder
 from agents.tdmpc.agent import TDMPC
 from components.choosing import Ranking, kept_count
 from components.plan import PruningPlan
 from components.pruning import kept_indices, restricted, slice_state
 from components.schedule import PruningSchedule
-from components.tracker import ImportanceTracker
+from components.tracker import ImportanceTracker, Tracking
 from search.base import TRACE_ROWS, scored_base, trace_agent, train_base
 from search.checked_experiment import check
 from search.config import parse_experiment
@@ -98,21 +99,32 @@ def test_the_same_seed_gives_the_same_bits(base) -> None:
         np.testing.assert_array_equal(array, second.state[name])
 
 
-def test_without_learning_steps_keep_what_one_shot_keeps(base) -> None:
+@pytest.mark.parametrize("ranking", [Ranking(), Ranking("isomorphic", max_ratio=0.9)])
+def test_without_learning_steps_keep_what_one_shot_keeps(ranking) -> None:
     """With scores that do not change and no learning, lowest-first in steps is lowest-first at once."""
-    still = dataclasses.replace(base, options={**base.options, "fine_tune_learning_rate": 1e-30})
-    plan = PruningPlan({"fisher": 1.0}, RATIOS)
+    options = {**SMALL, "hidden": [24, 24], "latent": 24}
+    trained = train_base("autoencoder", options, seed=0, metrics=("fisher",))
+    still = dataclasses.replace(trained, options={**trained.options, "fine_tune_learning_rate": 1e-30})
+    plan = PruningPlan({"fisher": 1.0}, dict.fromkeys(trained.widths, 0.6))
     steps = GradualSettings(STEPS, smoothing=0.999999, reconstruction=False)
-    gradual = run_trial(spec(plan, steps, reconstruction="none"), still)
-    once = run_trial(
-        dataclasses.replace(
-            spec(plan), pruning=dataclasses.replace(spec().pruning, gradual=None, reconstruction="none")
-        ),
-        still,
-    )
+    chosen = {"ranking": ranking, "reconstruction": "none"}
+    gradual = run_trial(spec(plan, steps, **chosen), still)
+    at_once = dataclasses.replace(spec(plan, **chosen).pruning, gradual=None)
+    once = run_trial(dataclasses.replace(spec(plan), pruning=at_once), still)
     assert gradual.kept == once.kept
+    assert (len(set(once.widths.values())) > 1) == (ranking.scope == "isomorphic")
     for name, array in gradual.state.items():
         np.testing.assert_allclose(array, once.state[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("metric", sorted(components.importance.METRICS))
+@pytest.mark.parametrize("mode", ["shared", "per_trial"])
+def test_every_metric_prunes_in_steps_from_the_first_update_on(base, metric, mode) -> None:
+    trained = train_base("autoencoder", SMALL, seed=0, metrics=(metric,), tracking=Tracking(every=1))
+    gradual = GradualSettings(PruningSchedule("cubic", 0, 10, 1))
+    result = run_trial(spec(PruningPlan({metric: 1.0}, RATIOS), gradual, base_mode=mode), trained)
+    assert result.complete, result.reason
+    assert result.widths == {g: kept_count(n, RATIOS.get(g, 0.0)) for g, n in dense_widths(trained).items()}
 
 
 def test_rungs_before_the_end_are_not_reached_with_channels_to_lose(base) -> None:
@@ -212,11 +224,12 @@ def test_td_mpc_shrinks_while_it_is_fine_tuned(tiny_base, method) -> None:
     assert agent.evaluate("validation")["return"] == result.objectives["return"]
 
 
-def test_td_mpc_shrinks_while_it_is_trained(tiny_base) -> None:
+@pytest.mark.parametrize("metric", ["fisher", "bayesian"])
+def test_td_mpc_shrinks_while_it_is_trained(tiny_base, metric) -> None:
     total = tiny_base.options["steps"]
-    plan = PruningPlan({"fisher": 1.0, "reconstruction": 1.0}, dict.fromkeys(tiny_base.widths, 0.5))
+    plan = PruningPlan({metric: 1.0, "reconstruction": 1.0}, dict.fromkeys(tiny_base.widths, 0.5))
     settings = TrialSettings(
-        metrics=("fisher", "reconstruction"),
+        metrics=(metric, "reconstruction"),
         objectives=("parameters", "return"),
         base_mode="per_trial",
         fine_tune_updates=0,
@@ -225,6 +238,8 @@ def test_td_mpc_shrinks_while_it_is_trained(tiny_base) -> None:
     result = run_trial(TrialSpec(0, plan, "test", 0, settings), tiny_base)
     assert result.complete, result.reason
     assert result.repaired_by == "training"
+    # Stability included, which the dense base is the judge of.
+    assert measurements(TDMPC(tiny_base.options)).keys() <= result.performance.keys()
     assert result.widths == {g: kept_count(n, 0.5) for g, n in tiny_base.widths.items()}
     agent = TDMPC(tiny_base.options, result.widths)
     agent.load_states({"model": {name: torch.tensor(a) for name, a in result.state.items()}})
@@ -265,6 +280,12 @@ CARTPOLE = "tdmpc, task: cartpole-swingup"
             "starts after 90",
         ),
         (TOY, "shared", "{schedule: cosine}", "{}", "cannot lose channels while it trains"),
+        (AUTOENCODER, "shared", "{schedule: {kind: cubic, start: 200}}", "{}", "starts after 200 steps"),
+        (AUTOENCODER, "shared", "{schedule: {end: 7}}", "{}", "for the kinds 'cosine' and 'cubic'"),
+        (AUTOENCODER, "shared", "{schedule: cosine, fine_tune: {updates: 0}}", "{}", "updates is 0"),
+        (AUTOENCODER, "shared", "{round_to: 8}", "{sampler: gradient}", "pruning.round_to is 8"),
+        (AUTOENCODER, "shared", "{schedule: cubic}", "{sampler: gradient}", "pruning.schedule is 'cubic'"),
+        (AUTOENCODER, "shared", "{}", "{sampler: gradient, trials: 6}", "6 trials leave nothing to it"),
         (CARTPOLE, "per_trial", "{schedule: cosine}", "{}", "'distill', which learns from the trained base"),
         (AUTOENCODER, "shared", "{schedule: cosine}", "{early_stopping: {}}", "first rung after 30 updates"),
         (AUTOENCODER, "shared", "{ranking: isomorphic}", "{sampler: gradient}", "threshold for every group"),

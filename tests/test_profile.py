@@ -150,7 +150,8 @@ def test_the_base_of_a_finished_search_is_used_and_another_experiment_is_told_of
 def test_a_base_in_every_trial_is_a_stage_of_it(capsys) -> None:
     prediction = profiled(capsys, "--set", "base.mode=per_trial")["prediction"]
     cost = prediction["costs"][0]
-    assert prediction["per_trial"]
+    assert prediction["train_each"] == prediction["training"]["seconds"] > 0
+    assert not prediction["trained_first"]
     assert cost["train"] == 0.0
     one = prediction["training"]["seconds"] + sum(prediction["measured"]["mean"].values())
     assert cost["trials"] >= 12 * one / cost["setting"]["at_once"] - 1e-9

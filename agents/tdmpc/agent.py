@@ -72,6 +72,7 @@ class TDMPC:
         self._planner: tuple[tuple[int, ...], Planner] | None = None
         self._lyapunov: tuple[tuple[object, ...], stability.Candidate] | None = None
         self._base: TDMPC | None = None
+        self._judge: TDMPC | None = None
         self._kept_latent: Tensor | None = None
         # Under way, all of them:
         self._training: Training | None = None
@@ -177,6 +178,11 @@ class TDMPC:
     # --- learning ----------------------------------------------------------------------------------------
 
     @property
+    def training_updates(self) -> int:
+        """One of the world model for every decision, and one of the policy."""
+        return total_decisions(self._options, self.spec)
+
+    @property
     def training_steps(self) -> int:
         """Environment steps of the training."""
         return self._options.steps
@@ -227,8 +233,21 @@ class TDMPC:
             raise UserError(f"a TD-MPC agent cannot learn from a {type(base).__name__}")
         self._base, self._kept_latent = base, kept["latent"]
 
+    def compare_with(self, base: Any) -> None:
+        """Which trained dense agent judges the stability of this one, which was not pruned from it."""
+        if not isinstance(base, TDMPC):
+            raise UserError(f"a TD-MPC agent cannot be compared with a {type(base).__name__}")
+        self._judge = base
+
     def shrink(self, kept: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on with fewer channels, target and moments included; of the base's latents those are learnt."""
+        """Go on with fewer channels, moments included; of the base's latents those are learnt.
+
+        The target network starts again from the present weights: sliced and not repaired as these are, it
+        would bias what is learnt until it has caught up.
+        """
+        if "target" in states:
+            target = {name: states["model"][name].clone() for name in states["target"]}
+            states = {**states, "target": target}
         self.widths = narrowed(self.widths, kept)
         take_layers(self.model, self._new_model(seed=0), states["model"])
         self._planner = None
@@ -419,7 +438,7 @@ class TDMPC:
 
     def _stability(self, played: Sequence[Trajectory]) -> dict[str, float]:
         """What the base makes of the states that this agent went through; empty without a base."""
-        base = self._base or (self if self._target is not None else None)
+        base = self._judge or self._base or (self if self._target is not None else None)
         if base is None or not base._has_experience or self._options.stability == "none":
             return {}
         return stability.measure(
