@@ -3,8 +3,8 @@
 An agent is a trainable, evaluable model with named components, built from *widths* (the size of every pruning
 group), so that a pruned agent is one with smaller widths and a smaller state. Any class with the members of
 `Agent` is one; it need not inherit anything. Below `Agent` stands what it may have besides: `Student`,
-`Rankable`, `Shrinkable`, `calibration_program`, `shared_ratios`, `searchable_options`, `task_loss`,
-`measurements`, `rehearsal`.
+`Rankable`, `Shrinkable`, `Comparing`, `calibration_program`, `shared_ratios`, `searchable_options`,
+`task_loss`, `measurements`, `rehearsal`.
 `tests/agent_contract.py` checks what is promised here.
 """
 

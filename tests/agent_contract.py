@@ -22,6 +22,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ import components
 from agents.agent import (
     Agent,
     Objective,
+    Shrinkable,
     Student,
     calibration_program,
     measurements,
@@ -38,8 +40,10 @@ from agents.agent import (
     rung_methods,
     searchable_options,
     shared_ratios,
+    task_loss,
 )
 from components import DependencyGraph, importance
+from components.pruning import kept_indices, slice_state
 from components.tracker import ImportanceTracker
 
 MakeAgent = Callable[..., Agent]
@@ -352,6 +356,49 @@ class AgentContract:
                 reached.append(pruned.states())
             assert _equal(*reached), "what was ended left something behind"
 
+    def test_channels_can_be_lost_in_the_middle_of_a_training(self) -> None:
+        agent = self.make_agent()
+        if not isinstance(agent, Shrinkable):
+            return
+        graph, model, counting = _trace(agent), agent.model, _Counting()
+        score = importance.random(graph, 0)
+        keep = {name: s >= s.topk(max(1, round(KEPT * len(s)))).values.min() for name, s in score.items()}
+        kept = {name: mask.nonzero().flatten() for name, mask in keep.items()}
+        told: list[tuple[int, int]] = []
+
+        def cut_once(done: int, total: int, note: str) -> None:
+            told.append((done, total))
+            if len(told) == 1:
+                indices = kept_indices(graph, keep)
+                states = {name: slice_state(graph, state, indices) for name, state in agent.states().items()}
+                agent.shrink(kept, states)
+
+        agent.train(TRAIN_SEED, counting, cut_once)
+        assert agent.model is model, "a caller may hold on to it"
+        assert len(told) > 1
+        assert told[-1] == (agent.training_steps, agent.training_steps)
+        assert counting.updates >= agent.training_updates > 0
+        assert dict(agent.widths) == {name: len(channels) for name, channels in kept.items()}
+        narrow = self.make_agent(widths=agent.widths, data=agent.data())
+        narrow.load_states(agent.states())
+        assert _equal(narrow.states(), agent.states())
+        inputs = agent.example_inputs(3)
+        assert torch.equal(narrow.act(inputs), agent.act(inputs))
+
+    def test_its_own_loss_tells_a_trained_agent_from_an_untrained_one(self) -> None:
+        trained, _ = _trained(self.make_agent)
+        inputs = trained.calibration_inputs(64, 0)
+        untrained = self.make_agent(data=trained.data())
+        losses = []
+        for agent in (trained, untrained):
+            loss = task_loss(agent, agent.program(agent.model, inputs), inputs)
+            if loss is None:
+                return
+            assert loss.shape == ()
+            assert torch.autograd.grad(loss, next(agent.model.parameters()))[0].isfinite().all()
+            losses.append(float(loss.detach()))
+        assert losses[0] < losses[1]
+
     def test_the_calibration_program_is_deterministic(self) -> None:
         trained, _ = _trained(self.make_agent)
         inputs = trained.calibration_inputs(8, 0)
@@ -384,6 +431,19 @@ def _pruned(make_agent: MakeAgent, seed: int) -> tuple[Agent, DependencyGraph]:
     pruned.load_states({section: components.prune(graph, state, keep) for section, state in states.items()})
     _teach(pruned, trained, keep)
     return pruned, graph
+
+
+class _Counting:
+    """A tracker that only counts the updates of the model's loss."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    def capture(self, loss: str = "model") -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def update(self, loss: str = "model") -> None:
+        self.updates += loss == "model"
 
 
 def _teach(agent: Agent, base: Agent, keep: Mapping[str, Tensor]) -> None:
