@@ -17,11 +17,11 @@ size is chosen on validation data and reported on test data, or on fresh seeds. 
 
 Where `NAME+none` stands, nothing is reconstructed. `--methods` picks some, `FEW` is what TD-MPC is compared
 by. Hypervolume is the mean over log size in [0.5 %, 100 %] of the retention chosen at or below that size,
-clipped to [0, 1]; `smallest_retaining_95` the size of the smallest agent that retains 0.95 on validation data,
-1 where none does, and `its_test_retention` what it retains on test data.
+clipped to [0, 1]; `smallest_retaining_95` the size of the smallest agent that retains 0.95 on validation
+data, 1 where none does, and `its_test_retention` what it retains on test data.
 
-The budget counts trials. Besides, `gradient` computes its sweep, and of the trials of `optuna_*` the first are
-the anchors that its searches start with. Gradual trials keep the fine-tuned agent as it is; all others
+The budget counts trials. Besides, `gradient` computes its sweep, and of the trials of `optuna_*` the first
+are the anchors that its searches start with. Gradual trials keep the fine-tuned agent as it is; all others
 keep the better of what was repaired and what was fine-tuned.
 
 Intervals are 95 % (Student's t) over the base seeds. What is finished is kept in `--into`, and a run that was
