@@ -38,6 +38,11 @@ def importance_tables(course: ImportanceCourse) -> list[Table]:
 def notes(course: ImportanceCourse) -> list[str]:
     """What has to be known to read the tables."""
     lines = ["Relative importance: 1 is the average channel of the model at that time."]
+    if len(course.steps) == 1:
+        lines.append(
+            "There is one snapshot only, so nothing shows how importance moved: follow the training more "
+            "closely, by a smaller base.importance.every or interval."
+        )
     alike = [metric for metric in course.metrics if not course.compares_groups(metric)]
     if alike:
         lines.append(
