@@ -256,6 +256,17 @@ def test_coefficients_of_every_group_reach_all_that_a_search_leaves(capsys):
 
 
 @pytest.mark.usefixtures("serial")
+def test_constraints_that_the_trained_base_rules_out_end_the_search_and_keep_the_base(capsys):
+    wish = ["--set", "search.constraints={retention: '>= 50'}"]
+    assert main(["search", "toy.yaml", "--trials", "3", *wish]) == 2
+    assert "search.constraints.retention is '>= 50.0', which no trial can meet" in capsys.readouterr().err
+    assert (TOY / "base" / "metrics.json").is_file()
+    assert not (TOY / "trials.jsonl").exists() or not records(TOY)
+    assert main(["search", "toy.yaml", "--trials", "3"]) == 0
+    assert len(records(TOY)) == 3
+
+
+@pytest.mark.usefixtures("serial")
 def test_a_latency_objective_is_measured_again_at_the_end(capsys):
     arguments = ["search", "toy.yaml", "--trials", "3"]
     assert main([*arguments, "--set", "search.objectives=[latency_p99_ms, reconstruction_error]"]) == 0
