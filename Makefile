@@ -1,7 +1,6 @@
 # make search                      set up .venv and run the default experiment
 # make search EXPERIMENT=my.yaml   another one, by name or path; ARGS='--trials 200' goes to the command
-# make test                        set up .venv with the test extra and run the tests, by two processes;
-#                                  ARGS='-k front' goes to pytest
+# make test                        set up .venv with the test extra and run the tests; ARGS='-k front'
 # make check                       lint, formatting and types
 # make clean                       remove .venv and caches; runs/ stays
 
@@ -22,7 +21,7 @@ search: $(VENV)/installed
 	exec $(VENV)/bin/prunefront search '$(EXPERIMENT)' --name "$$name" $(ARGS)
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(VENV)/bin/python -m pytest $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check

@@ -2,43 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores; before torch is imported
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-CLUSTERS = frozenset(
-    f"test_{name}"
-    for name in (
-        "cluster",
-        "doctor",
-        "faults",
-        "kills",
-        "memory_pressure",
-        "nodes",
-        "search_end_to_end",
-        "tdmpc_search",
-    )
-)
-"""Files that start Ray clusters."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, all that starts clusters stays in one of them.
-
-    That comes first, since it takes longest. Of the other files each stays in one process, too, so that what
-    its tests have in common is made once.
-    """
-    for item in items:
-        file = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("clusters" if file in CLUSTERS else file))
-    items.sort(key=lambda item: item.path.stem not in CLUSTERS)
-
 
 settings.register_profile("prunefront", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("prunefront")
