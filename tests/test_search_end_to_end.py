@@ -214,7 +214,7 @@ def test_a_search_without_a_complete_trial_says_why(capsys):
 
 @pytest.mark.usefixtures("serial")
 def test_constraints_that_nothing_meets_leave_an_empty_front(capsys):
-    arguments = ["search", "toy.yaml", "--trials", "3", "--set", "search.constraints={retention: '>= 7'}"]
+    arguments = ["search", "toy.yaml", "--trials", "3", "--set", "search.constraints={retention: '>= 1.03'}"]
     assert main(arguments) == 0
     assert "no complete trial meets the constraints" in capsys.readouterr().out
     assert front(TOY)["trials"] == []
