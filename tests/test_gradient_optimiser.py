@@ -38,7 +38,7 @@ POINTS = 6
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for the toy."""
-    monkeypatch.setattr(gradient_optimiser, "STEPS", 200)
+    monkeypatch.setattr(gradient_optimiser, "STEPS", 120)
 
 
 @cache
@@ -49,7 +49,8 @@ def checked(*overrides: str) -> CheckedExperiment:
 
 @cache
 def trained() -> Base:
-    return checked("agent.hidden=40").train_base()
+    """Followed as closely as when the bounds below were set: it trains for few updates."""
+    return checked("agent.hidden=40", "base.importance.every=16").train_base()
 
 
 @cache
@@ -73,12 +74,10 @@ def test_the_soft_loss_falls(coefficients: str) -> None:
         masks = soft.masks(1.0)
         task, size = float(soft.loss(masks)), float(soft.model.expected_size(masks))
     assert size == pytest.approx(1.0)
-    # Where size counts for little there is little to gain, and the one channel on a threshold to lose.
-    assert all(point.after < 1.05 * (task + point.weight * size) for point in points)
+    assert all(point.after < 1.01 * (task + point.weight * size) for point in points)
     assert points[-1].after < 0.5 * (task + points[-1].weight * size)
-    # At a single λ, annealing may cost more than wide masks had gained: at most of them it does not.
-    assert sum(point.after < point.before for point in points) > POINTS / 2
-    assert np.mean([point.after / point.before for point in points]) < 0.97
+    assert all(point.after < 1.05 * point.before for point in points)  # annealing may cost a little
+    assert sum(point.after < point.before for point in points) >= POINTS - 2
     assert points[-1].losses[-1] < points[-1].losses[0]
 
 
@@ -127,10 +126,9 @@ def test_trials_keep_exactly_the_channels_whose_masks_are_above_one_half(coeffic
         with torch.no_grad():
             assert float(soft.loss(masks)) == pytest.approx(point.task_loss, rel=1e-3, abs=1e-6)
             assert float(soft.model.expected_size(masks)) == pytest.approx(point.size, abs=1e-6)
-        # Every mask is 0 or 1, but for the channel on which the threshold may lie, and its equal.
+        # Every mask is 0 or 1, but for at most one channel of a group, on which the threshold may lie.
         between = {group: (mask > 0.01) & (mask < 0.99) for group, mask in masks.items()}
-        assert all(int(channels.sum()) <= 2 for channels in between.values())
-        assert sum(int(channels.sum()) for channels in between.values()) <= len(between)
+        assert all(int(channels.sum()) <= 1 for channels in between.values())
         small = prune(dense.graph, dense.states["model"], keep)
         least, most = (
             float(soft.model.expected_size({g: m.double() for g, m in binary.items()}))
