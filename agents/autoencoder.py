@@ -276,8 +276,8 @@ class Autoencoder:
 
     @property
     def training_updates(self) -> int:
-        """Gradient updates of the training."""
-        return self._options.updates
+        """Those same updates."""
+        return self.training_steps
 
     @property
     def training_steps(self) -> int:

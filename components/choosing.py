@@ -12,7 +12,7 @@ from torch import Tensor
 
 from components.dependency import DependencyGraph, Group, Scores
 from components.errors import UserError, nearest
-from components.mixing import mix, normalise, require_metric, weighted, weighted_metrics
+from components.mixing import mix, normalise_together, require_metric, weighted, weighted_metrics
 from components.plan import PruningPlan
 
 
@@ -98,7 +98,7 @@ def choose(
     if ranking.scope == "isomorphic":
         if least is None:
             least = {group.name: ranking.least(group.size) for group in graph.groups}
-        return _keep_among_comparable(graph, scores, plan, counts, least, ranking.round_to)
+        return _keep_among_comparable(graph, scores, plan, ranking, counts, least)
     return {
         group.name: _highest(mix(_of_group(group, scores), plan.coefficients_of(group)), counts[group.name])
         for group in graph.groups
@@ -115,6 +115,18 @@ def comparable_groups(groups: Iterable[Group]) -> dict[str, str]:
     return {group.name: first.setdefault(_build(group), group.name) for group in groups}
 
 
+def competitors(groups: Iterable[Group], ranking: Ranking) -> list[list[Group]]:
+    """The groups whose channels compete with one another, together; by the scope `group`, each on its own."""
+    groups = tuple(groups)
+    if ranking.scope == "group":
+        return [[group] for group in groups]
+    first = comparable_groups(groups)
+    together: dict[str, list[Group]] = {}
+    for group in groups:
+        together.setdefault(first[group.name], []).append(group)
+    return list(together.values())
+
+
 def _build(group: Group) -> object:
     members = sorted(
         (member.parameter.rpartition(".")[2], member.axis, member.indices.shape[1], member.consumes)
@@ -127,29 +139,23 @@ def _keep_among_comparable(
     graph: DependencyGraph,
     scores: Mapping[str, Scores],
     plan: PruningPlan,
+    ranking: Ranking,
     counts: Mapping[str, int],
     least: Mapping[str, int],
-    round_to: int,
 ) -> dict[str, Tensor]:
     """Groups that are built alike share out, by their scores, what they would keep one by one.
 
     Metrics are normalised over all channels that compete, so that their groups differ in the mean.
     """
-    kinds: dict[str, list[Group]] = {}
-    first = comparable_groups(graph.groups)
-    for group in graph.groups:
-        kinds.setdefault(first[group.name], []).append(group)
     keep: dict[str, Tensor] = {}
-    for groups in kinds.values():
+    for groups in competitors(graph.groups, ranking):
         sizes = [group.size for group in groups]
         by_group = [_of_group(group, scores) for group in groups]
         pooled: dict[str, Sequence[Tensor]] = {}
         for metric in weighted_metrics(plan, groups):
             for of_group in by_group:
                 require_metric(metric, of_group)
-            pooled[metric] = torch.split(
-                normalise(torch.cat([of_group[metric] for of_group in by_group])), sizes
-            )
+            pooled[metric] = normalise_together([of_group[metric] for of_group in by_group])
         mixed = [
             weighted({metric: parts[i] for metric, parts in pooled.items()}, plan.coefficients_of(group))
             for i, group in enumerate(groups)
@@ -163,7 +169,7 @@ def _keep_among_comparable(
         together = _highest(torch.cat(ahead), max(wanted))
         for group, values, chosen in zip(groups, mixed, torch.split(together, sizes), strict=True):
             share = 1.0 - int(chosen.sum()) / group.size
-            keep[group.name] = _highest(values, kept_count(group.size, share, round_to))
+            keep[group.name] = _highest(values, kept_count(group.size, share, ranking.round_to))
     return {group.name: keep[group.name] for group in graph.groups}
 
 

@@ -61,6 +61,11 @@ def normalise(scores: Tensor) -> Tensor:
     return scaled / scaled.mean()
 
 
+def normalise_together(scores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The scores of groups that compete, scaled by one factor to mean 1 over all of them: see `normalise`."""
+    return torch.split(normalise(torch.cat(list(scores))), [len(values) for values in scores])
+
+
 def mix(scores: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> Tensor:
     """The mixed scores of one group: the weighted sum of its normalised metrics.
 

@@ -12,10 +12,10 @@ from agents.agent import UNTRACKED, Agent, Progress, Shrinkable, Tracker, calibr
 from agents.shrinking import narrowed
 from components import DependencyGraph, importance
 from components.calibration import Program, Recording, record
-from components.choosing import Ranking, choose, comparable_groups, kept_count
+from components.choosing import Ranking, choose, competitors, kept_count
 from components.dependency import Keep, Scores
 from components.gram import Grams
-from components.mixing import normalise, weighted_metrics
+from components.mixing import normalise_together, weighted_metrics
 from components.plan import PruningPlan
 from components.pruning import kept_indices, restricted, slice_state
 from components.reconstruction import Method, reconstruct
@@ -194,19 +194,15 @@ class GradualPruning:
 
     def _smoothed(self, before: Scores, fresh: Scores) -> Scores:
         """Both brought to one scale, over all channels that compete with one another, and averaged."""
-        names = list(fresh)
-        first = (
-            comparable_groups(self._graph.groups)
-            if self._ranking.scope == "isomorphic"
-            else {name: name for name in names}
-        )
-        found: dict[str, Tensor] = {}
-        for kind in dict.fromkeys(first.values()):
-            groups = [name for name in names if first[name] == kind]
-            old, new = (normalise(torch.cat([of[name].cpu() for name in groups])) for of in (before, fresh))
-            mixed = torch.lerp(new, old, self._smoothing)
-            found |= zip(groups, torch.split(mixed, [len(fresh[name]) for name in groups]), strict=True)
-        return {name: found[name] for name in names}
+        smoothed: dict[str, Tensor] = {}
+        for groups in competitors(self._graph.groups, self._ranking):
+            old, new = (
+                normalise_together([scores[group.name].cpu() for group in groups])
+                for scores in (before, fresh)
+            )
+            for group, was, now in zip(groups, old, new, strict=True):
+                smoothed[group.name] = torch.lerp(now, was, self._smoothing)
+        return smoothed
 
     def _cut(self, keep: Keep, seen: _Seen | None) -> None:
         """Cut the agent, the tracker and the scores, and refit what read the channels that are gone."""

@@ -64,7 +64,14 @@ def run(
         UserError: the experiment cannot run, or no trial was completed.
     """
     checked = check(config, path, resume=resume)
-    _require_reachable(checked)  # before a base is trained for nothing
+    constraints = config.search.constraints
+    models = possible_models(config.agent.kind, checked.agent, checked.space) if constraints else ()
+
+    def require_bounds(base: Base | None = None) -> None:
+        if models:
+            require_reachable(constraints, models[0], models[-1], checked.agent.performance, base)
+
+    require_bounds()  # before a base is trained for nothing
     if address is not None:
         require_answer(address)
     require_account(config.wandb.mode, config.wandb.entity)
@@ -72,18 +79,10 @@ def run(
     with TrainingProgress("base", console) as progress:
         ready = make_ready(checked, progress)
     try:
-        _require_reachable(checked, ready.base)  # and before trials run for nothing
+        require_bounds(ready.base)  # and before trials run for nothing
         return _run(ready, address, console)
     finally:
         ready.run.release()
-
-
-def _require_reachable(checked: CheckedExperiment, base: Base | None = None) -> None:
-    """Refuse constraints that no trial can meet, as far as that is known."""
-    config = checked.config
-    if config.search.constraints:
-        smallest, _, largest = possible_models(config.agent.kind, checked.agent, checked.space)
-        require_reachable(config.search.constraints, smallest, largest, checked.agent.performance, base)
 
 
 def _run(ready: ReadySearch, address: str | None, console: Console) -> int:

@@ -22,7 +22,6 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from agents.agent import (
     Objective,
     Shrinkable,
     Student,
+    Untracked,
     calibration_program,
     measurements,
     rehearsal,
@@ -433,14 +433,11 @@ def _pruned(make_agent: MakeAgent, seed: int) -> tuple[Agent, DependencyGraph]:
     return pruned, graph
 
 
-class _Counting:
-    """A tracker that only counts the updates of the model's loss."""
+class _Counting(Untracked):
+    """Counts the updates of the model's loss."""
 
     def __init__(self) -> None:
         self.updates = 0
-
-    def capture(self, loss: str = "model") -> AbstractContextManager[None]:
-        return nullcontext()
 
     def update(self, loss: str = "model") -> None:
         self.updates += loss == "model"
