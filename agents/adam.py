@@ -12,6 +12,26 @@ WARM_STEPS = 1e6
 """Adam steps after which the moments need no correction for their start at zero."""
 
 
+def new_adam(
+    parameters: Iterable[nn.Parameter], learning_rate: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.Adam:
+    """Adam in one kernel; on a GPU its steps can be recorded in a CUDA graph (`agents.cuda_graphs`)."""
+    chosen = list(parameters)
+    on_gpu = chosen[0].device.type == "cuda"
+    # A number would be recorded as it was; set_learning_rate writes to a tensor.
+    rate = torch.tensor(learning_rate, device=chosen[0].device) if on_gpu else learning_rate
+    return torch.optim.Adam(chosen, lr=rate, betas=betas, fused=True, capturable=on_gpu)
+
+
+def set_learning_rate(optimizer: torch.optim.Adam, learning_rate: float) -> None:
+    """Of the steps from now on, those in a CUDA graph too."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+
+
 def half_cosine(learning_rate: float, step: int, steps: int) -> float:
     """The learning rate at a step: the whole one at the first, falling to 0 along a half cosine."""
     return 0.5 * learning_rate * (1.0 + math.cos(math.pi * step / steps))

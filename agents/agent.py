@@ -69,6 +69,9 @@ class Tracker(Protocol):
     A loop with several losses names each. The tracker changes nothing: training is the same without it.
     """
 
+    def is_due(self, loss: str = "model") -> bool:
+        """Whether the next step of a loss is one that is looked at; of the others it is only told."""
+
     def capture(self, loss: str = "model") -> AbstractContextManager[None]:
         """Around the forward and backward pass of one step."""
 
@@ -369,6 +372,10 @@ def rehearsal(agent: Agent) -> Rehearsal | None:
 
 class Untracked:
     """A tracker that takes no notice."""
+
+    def is_due(self, loss: str = "model") -> bool:
+        """Never."""
+        return False
 
     def capture(self, loss: str = "model") -> AbstractContextManager[None]:
         """Around nothing in particular."""

@@ -224,6 +224,10 @@ class ImportanceTracker:
         self._history: list[tuple[int, dict[str, Mapping[str, Tensor]]]] = []
         self._last_tracked = 0
 
+    def is_due(self, loss: str = "model") -> bool:
+        """Whether the next step of a loss is tracked. Of one that is not, only `update` is needed."""
+        return self._updates.get(loss, 0) % self._every == 0
+
     @contextmanager
     def capture(self, loss: str = "model") -> Iterator[None]:
         """Around the forward and backward pass of one step; what it saw is used by the next `update`.
@@ -231,7 +235,7 @@ class ImportanceTracker:
         On a step that is not tracked it does nothing.
         """
         self._pending = {}
-        if not self._is_tracked(loss):
+        if not self.is_due(loss):
             yield
             return
         with GateMode(self._readers) as mode:
@@ -243,7 +247,7 @@ class ImportanceTracker:
 
         A step without any gradient, or with one that is not finite, is left out.
         """
-        tracked, gates = self._is_tracked(loss), self._pending
+        tracked, gates = self.is_due(loss), self._pending
         self._updates[loss] = self._updates.get(loss, 0) + 1
         self._pending = {}
         names = [name for name, p in self._parameters.items() if p.grad is not None] if tracked else []
@@ -356,9 +360,6 @@ class ImportanceTracker:
                 for metric in metrics
             },
         )
-
-    def _is_tracked(self, loss: str) -> bool:
-        return self._updates.get(loss, 0) % self._every == 0
 
     @property
     def _next_snapshot(self) -> float:

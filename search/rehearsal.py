@@ -151,6 +151,9 @@ class _Stopping:
         self.inner = inner
         self._watch = watch
 
+    def is_due(self, loss: str = "model") -> bool:
+        return self.inner.is_due(loss)
+
     def capture(self, loss: str = "model") -> AbstractContextManager[None]:
         return self.inner.capture(loss)
 

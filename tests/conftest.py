@@ -1,11 +1,16 @@
-"""What every test may rely on: no accounts, no colours, the same random examples each time."""
+"""What every test may rely on: no accounts, one thread, the same random examples each time."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+# Before torch is imported, here and in the processes that tests start: the models are so small that threads
+# only wait for one another, on two busy cores for thirty times as long as the work takes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("prunefront", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("prunefront")

@@ -47,6 +47,9 @@ class Gradients:
     def __init__(self, model):
         self.model, self.norms = model, []
 
+    def is_due(self, loss="model"):
+        return True
+
     def capture(self, loss="model"):
         return nullcontext()
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from agents.adam import half_cosine, moments_of, set_moments
+from agents.adam import half_cosine, moments_of, new_adam, set_learning_rate, set_moments
 from agents.agent import UNTRACKED, Tracker
+from agents.cuda_graphs import CudaGraphs
 from agents.tdmpc.replay_buffer import ReplayBuffer
 from agents.tdmpc.world_model import WorldModel
 from components.errors import UserError
@@ -158,7 +159,7 @@ class Distillation:
         self._kept = kept
         self._updates, self._batch_size, self._rate = updates, batch_size, learning_rate
         self._generator = torch.Generator().manual_seed(seed)
-        self._optimizer = self._new_optimizer()
+        self._optimizer, self._graphs = self._new_optimizer(), CudaGraphs()
         count = lessons.sequences.actions.shape[1]
         is_held_out = torch.arange(count) // 2 % HELD_OUT == HELD_OUT - 1  # pairs: one random, one played
         if bool(is_held_out.all()) or not bool(is_held_out.any()):
@@ -177,6 +178,7 @@ class Distillation:
         added = Lessons(lessons.sequences, lessons.targets.coordinates(self._kept))
         together = joined([Lessons(self._sequences, self._targets), added])
         self._sequences, self._targets = together.sequences, together.targets
+        self._graphs = CudaGraphs()
         self._visited = torch.arange(before, before + lessons.sequences.actions.shape[1])
 
     def shrink(self, kept: Tensor, states: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -189,7 +191,7 @@ class Distillation:
         self._kept = self._kept[kept]
         self._targets = self._targets.coordinates(kept)
         self._variances = self._variances_of_targets()
-        self._optimizer = self._new_optimizer()
+        self._optimizer, self._graphs = self._new_optimizer(), CudaGraphs()
         mean, square = states["distillation_mean"], states["distillation_square"]
         set_moments([self._optimizer], dict(self._student.named_parameters()), mean, square, self._done)
 
@@ -200,8 +202,18 @@ class Distillation:
 
     def step(self, tracker: Tracker = UNTRACKED) -> Tensor:
         """One update; returns the loss, the sum of the four normalised terms."""
-        self._optimizer.param_groups[0]["lr"] = half_cosine(self._rate, self._done, self._updates)
+        set_learning_rate(self._optimizer, half_cosine(self._rate, self._done, self._updates))
         chosen = self._pick()
+        if tracker.is_due("distillation"):
+            loss = self._step(chosen, tracker)
+        else:
+            (loss,) = self._graphs.run("step", lambda picked: (self._step(picked),), chosen)
+            tracker.update("distillation")
+        increment_version(list(self._student.parameters()))  # fused Adam does not
+        self._done += 1
+        return loss
+
+    def _step(self, chosen: Tensor, tracker: Tracker = UNTRACKED) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
         with tracker.capture("distillation"):
             loss = self._loss(chosen)
@@ -209,8 +221,6 @@ class Distillation:
         tracker.update("distillation")
         nn.utils.clip_grad_norm_(self._student.parameters(), 10.0)
         self._optimizer.step()
-        increment_version(list(self._student.parameters()))  # fused Adam does not
-        self._done += 1
         return loss.detach()
 
     @torch.no_grad()
@@ -219,7 +229,7 @@ class Distillation:
         return float(self._loss(self._examined))
 
     def _new_optimizer(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self._student.parameters(), lr=self._rate, betas=BETAS, fused=True)
+        return new_adam(self._student.parameters(), self._rate, BETAS)
 
     def _variances_of_targets(self) -> tuple[float, ...]:
         """Of latents, rewards, Q values and policy, over all sequences but those that the student visited."""

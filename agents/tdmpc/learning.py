@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.functional import mse_loss
 
-from agents.adam import moments_of, set_moments
+from agents.adam import moments_of, new_adam, set_moments
 from agents.agent import UNTRACKED, Tracker
+from agents.cuda_graphs import CudaGraphs
 from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.replay_buffer import Batch
 from agents.tdmpc.world_model import WorldModel, random_shifts, shift_padding, with_noise
@@ -92,6 +93,7 @@ class Learner:
         precision: torch.dtype | None = None,
     ) -> None:
         self.model = model
+        self._graphs = CudaGraphs()
         self._options, self._precision = options, precision
         named = dict(model.named_parameters())
         self._sources = [p for n, p in named.items() if n.partition(".")[0] in TARGETS]
@@ -102,7 +104,7 @@ class Learner:
         policy_ids = {id(p) for p in self._policy_parameters}
         self._model_parameters = [p for p in named.values() if id(p) not in policy_ids]
         self._optimizers = [
-            torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
+            new_adam(parameters, options.learning_rate)
             for parameters in (self._model_parameters, self._policy_parameters)
         ]
         if moments:
@@ -128,6 +130,32 @@ class Learner:
             number: how many updates came before.
             tracker: told of both backward passes: `model` and `policy`.
         """
+        if tracker.is_due("model") or tracker.is_due("policy"):
+            losses = self._step(batch, noise, tracker)
+        else:
+            losses = self._untracked_step(batch, noise)
+            for loss in ("model", "policy"):
+                tracker.update(loss)
+        increment_version([*self._model_parameters, *self._policy_parameters])  # fused Adam does not
+        if number % self._options.target_every == 0:
+            sources = [p.detach() for p in self._sources]
+            torch._foreach_lerp_(list(self.target.values()), sources, self._options.target_rate)
+        return losses
+
+    def _untracked_step(self, batch: Batch, noise: UpdateNoise) -> Losses:
+        def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+            observations, actions, rewards, terminated, indices, weights, *drawn = tensors
+            made = self._step(
+                Batch(observations, actions, rewards, terminated, indices, weights), UpdateNoise(*drawn)
+            )
+            return made.consistency, made.reward, made.value, made.policy, made.priorities
+
+        sampled = (batch.observations, batch.actions, batch.rewards, batch.terminated, batch.indices)
+        drawn = (noise.targets, noise.policy, *(() if noise.shifts is None else (noise.shifts,)))
+        return Losses(*self._graphs.run("step", step, *sampled, batch.weights, *drawn))
+
+    def _step(self, batch: Batch, noise: UpdateNoise, tracker: Tracker = UNTRACKED) -> Losses:
+        """One step of the world model and one of the policy."""
         observations = batch.observations
         if noise.shifts is not None:
             flat = random_shifts(observations.flatten(0, 1), noise.shifts.flatten(0, 1))
@@ -162,11 +190,6 @@ class Learner:
         tracker.update("policy")
         nn.utils.clip_grad_norm_(self._policy_parameters, clip)
         policy_optimizer.step()
-        increment_version([*self._model_parameters, *self._policy_parameters])  # fused Adam does not
-
-        if number % self._options.target_every == 0:
-            sources = [p.detach() for p in self._sources]
-            torch._foreach_lerp_(list(self.target.values()), sources, self._options.target_rate)
         return Losses(
             consistency.detach().mean(),
             reward.detach().mean(),

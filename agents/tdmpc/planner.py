@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from agents.cuda_graphs import CudaGraphs
 from agents.tdmpc.activations import elu_in_place, tanh_in_place
 from agents.tdmpc.config import elites
 from agents.tdmpc.world_model import WorldModel
@@ -142,6 +143,7 @@ class Planner:
     ) -> None:
         self.settings = settings
         self._networks = PackedModel(model, precision)
+        self._graphs = CudaGraphs()
         self._discounts = torch.tensor(
             [settings.discount**t for t in range(settings.horizon + 1)],
             device=self._networks.device,
@@ -157,9 +159,18 @@ class Planner:
             memory: of the same episodes.
             explore: add the noise of the training.
         """
-        noise = PlanNoise.draw(self.settings, self._networks.action_size, memory.generators)
-        actions, means = self.decide(observations, memory.means, noise, explore=explore)
-        memory.means = means
+        size = self._networks.action_size
+        noise = PlanNoise.draw(self.settings, size, memory.generators)
+        before = memory.means
+        if before is None:
+            shape = (len(observations), self.settings.horizon, size)
+            before = torch.zeros(shape, dtype=self._networks.sum_type, device=self._networks.device)
+
+        def decide(observations: Tensor, before: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
+            return self.decide(observations, before, PlanNoise(*noise), explore=explore)
+
+        drawn = (noise.samples, noise.ends, noise.policy, noise.choice, noise.exploration)
+        actions, memory.means = self._graphs.run(explore, decide, observations, before, *drawn)
         return actions
 
     @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Learning curves of TD-MPC, beside those that its authors published.
 
     python tests/benchmarks/tdmpc_learning.py --json [--curves small cartpole walker] [--seeds 3] [--into DIR]
+        [--full] [--device cuda] [--set batch_size=256]
 
 - `small`: the shipped experiment `cartpole`; goals: a mean return of 800 at 30,000 environment steps and of
   850 at 60,000.
@@ -19,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +39,25 @@ REFERENCE = {"cartpole": {60_000: 786.0, 100_000: 852.0}, "walker": {40_000: 943
 GOALS = {"small": {30_000: 800.0, 60_000: 850.0}}
 
 
-def options_of(curve: str, full: bool) -> dict[str, Any]:
+def options_of(curve: str, full: bool, changes: Sequence[str]) -> dict[str, Any]:
     """The agent's options for a curve."""
+    changed = {name: yaml.safe_load(value) for name, value in (change.split("=", 1) for change in changes)}
     if curve == "small":
         text = (Path(next(iter(search.__path__)), "experiments", "cartpole.yaml")).read_text(encoding="utf-8")
         options = {key: value for key, value in yaml.safe_load(text)["agent"].items() if key != "kind"}
-        return {**options, "steps": max(GOALS["small"])}
+        return {**options, "steps": max(GOALS["small"]), **changed}
     widths = {} if full else {"encoder_width": 128, "mlp_width": 256}
     task = {"cartpole": "cartpole-swingup", "walker": "walker-walk"}[curve]
-    return {"task": task, **widths, "steps": max(REFERENCE[curve])}
+    return {"task": task, **widths, "steps": max(REFERENCE[curve]), **changed}
 
 
-def learn(curve: str, seed: int, full: bool, into: Path | None) -> dict[str, Any]:
+def learn(curve: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train one seed; returns at every step of interest, and the seconds that training took."""
     marks = sorted({**REFERENCE.get(curve, {}), **GOALS.get(curve, {})})
-    agent = TDMPC(options_of(curve, full))
+    agent = TDMPC(options_of(curve, options.full, options.set), device=options.device)
     training = agent.start_training(seed)
-    place = None if into is None else into / f"{curve}{'_full' if full else ''}_{seed}"
+    name = "_".join([curve, *(["full"] if options.full else []), *options.set, str(seed)])
+    place = None if options.into is None else options.into / name
     if place is not None and (place / "checkpoint.safetensors").exists():
         training.load(place)
     repeat = agent.spec.action_repeat
@@ -91,8 +94,7 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
     found: dict[str, object] = {}
     for curve in options.curves:
         trained = [
-            learn(curve, seed, options.full, options.into)
-            for seed in range(options.first, options.first + options.seeds)
+            learn(curve, seed, options) for seed in range(options.first, options.first + options.seeds)
         ]
         wanted = REFERENCE.get(curve, {}) or GOALS.get(curve, {})
         for mark, least in wanted.items():
@@ -109,6 +111,10 @@ def measure(options: argparse.Namespace) -> Mapping[str, object]:
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curves", nargs="+", default=["small"], choices=["small", "cartpole", "walker"])
     parser.add_argument("--full", action="store_true", help="the paper's widths")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE", help="change an option of the agent"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
     parser.add_argument("--into", type=Path, default=None, help="keep checkpoints here, and go on from them")
 
 

@@ -38,6 +38,9 @@ class Pausing:
         self._inner = inner
         self._step = 0
 
+    def is_due(self, loss: str = "model") -> bool:
+        return self._inner.is_due(loss)
+
     def capture(self, loss: str = "model") -> AbstractContextManager[None]:
         if loss == "model":
             if self._step % BLOCK == 0:
