@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from search.front import Front, FrontTrial, percent
 from search.stability import STABILITIES, STABILITY, stability_sentence
@@ -20,8 +22,11 @@ if TYPE_CHECKING:
 WIDTH = 100
 """Columns of everything that is printed."""
 
-MOST_EXTRA = 3
-"""Columns besides the usual ones that leave room for who proposed a trial; stability is as wide as two."""
+LEAST_ORIGIN = 9
+"""Characters of who proposed a trial, or there is no such column."""
+
+DISPENSABLE = ("proposed by", "MACs")
+"""Columns that give way, in this order, where not all have room."""
 
 SHOWN_FAILURES = 5
 """Different reasons of failure that are listed."""
@@ -29,39 +34,64 @@ SHOWN_FAILURES = 5
 
 def front_table(front: Front) -> Table:
     """Size, cost and performance of a front's trials, smallest first; performance on test data once known."""
-    table = plain_table(f"Front of {front.experiment}: {len(front.trials)} trials")
+    columns = dict(_columns(front))
+    table = _filled(front, columns)
+    for name in DISPENSABLE:
+        if Console(width=10 * WIDTH).measure(table).minimum <= WIDTH:
+            break
+        columns.pop(name, None)
+        table = _filled(front, columns)
+    return table
+
+
+Cell = Callable[[FrontTrial], str]
+
+
+def _columns(front: Front) -> Iterator[tuple[str, Cell]]:
+    """Headings, and what they say of a trial."""
+    yield "trial", lambda trial: str(trial.trial)
+    yield "size", lambda trial: percent(trial.size_ratio)
+    yield "parameters", lambda trial: f"{trial.parameters:,}"
+    yield "MACs", lambda trial: f"{trial.macs:,}"
+    yield "retention", lambda trial: _ratio(trial.retention)
+    yield "test", lambda trial: _ratio(trial.test_retention)
+    split = "test" if front.tested else "validation"
+    yield (
+        f"{front.performance}\n({split})".replace("_", " "),
+        lambda trial: _number(_performance(trial, front)),
+    )
     bounded = [constraint.name for constraint in front.constraints]
     shown = ("parameters", "macs", "size_ratio", "retention", front.performance)
     extra = [name for name in dict.fromkeys([*_names(front), *bounded]) if name not in (*shown, *STABILITIES)]
-    stable = any(STABILITY in trial.measured for trial in front.trials)
-    split = "test" if front.tested else "validation"
-    for heading in ("trial", "size", "parameters", "MACs", "retention", "test"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name in (front.performance, *extra):
-        suffix = f"\n({split})" if name == front.performance else ""
-        table.add_column(name.replace("_", " ") + suffix, justify="right")
-    if stable:
-        table.add_column("stability\n(95 %)", justify="right", no_wrap=True)
-    options = list(dict.fromkeys(name for trial in front.trials for name in trial.options))
-    for name in options:
-        table.add_column(name.replace("_", " "), justify="right")
-    by_whom = len(extra) + len(options) + 2 * stable <= MOST_EXTRA
-    if by_whom:
-        table.add_column("proposed by", overflow="ellipsis", no_wrap=True)
+    for name in extra:
+        yield name.replace("_", " "), _measurement(name)
+    if any(STABILITY in trial.measured for trial in front.trials):
+        yield "stability\n(95 %)", _interval
+    for name in dict.fromkeys(name for trial in front.trials for name in trial.options):
+        yield name.replace("_", " "), _option(name)
+    yield "proposed by", lambda trial: trial.origin.removeprefix("anchor: ")
+
+
+def _measurement(name: str) -> Cell:
+    return lambda trial: _number(trial.measurement(name))
+
+
+def _option(name: str) -> Cell:
+    return lambda trial: _number(trial.options.get(name))
+
+
+def _filled(front: Front, columns: Mapping[str, Cell]) -> Table:
+    table = plain_table(f"Front of {front.experiment}: {len(front.trials)} trials")
+    for heading, cell in columns.items():
+        if heading == "proposed by":
+            table.add_column(heading, min_width=LEAST_ORIGIN)
+            continue
+        # As wide as its numbers: what is too long to stand on one line is the name of a measurement.
+        numbers = max((len(cell(trial)) for trial in front.trials), default=0)
+        words = max(len(word) for word in heading.split())
+        table.add_column(heading, justify="right", min_width=max(numbers, words))
     for trial in front.trials:
-        table.add_row(
-            str(trial.trial),
-            percent(trial.size_ratio),
-            f"{trial.parameters:,}",
-            f"{trial.macs:,}",
-            _ratio(trial.retention),
-            _ratio(trial.test_retention),
-            _number(_performance(trial, front)),
-            *(_number(trial.measurement(name)) for name in extra),
-            *([_interval(trial)] if stable else []),
-            *(_number(trial.options.get(name)) for name in options),
-            *([trial.origin.removeprefix("anchor: ")] if by_whom else []),
-        )
+        table.add_row(*(Text(cell(trial), no_wrap=True, overflow="ellipsis") for cell in columns.values()))
     return table
 
 

@@ -265,6 +265,24 @@ def test_tables_fit_a_hundred_columns_and_show_what_matters():
         assert shown in text, shown
 
 
+def test_columns_give_way_as_a_whole_and_no_number_is_cut():
+    """Of TD-MPC: stability is wide, and who proposed a trial had taken the room of its return."""
+    remeasured = {n: Remeasured(870.6 - n, 0.987, {}, "h") for n in range(3)}
+    for more, left_out in (({}, []), ({"latency_p99_ms": 1234.5}, ["proposed by"])):
+        results = [
+            dataclasses.replace(result, size_ratio=0.5, objectives={**result.objectives, **more})
+            for result in (steady(n, 130_000_000 - n, 1 - n / 10, 1.0, 0.951, 1.0) for n in range(3))
+        ]
+        front = front_of(results, [SIZE, ERROR, *([LATENCY] if more else [])], remeasured=remeasured)
+        output = io.StringIO()
+        Console(width=100, file=output).print(front_table(front))
+        text = output.getvalue()
+        assert "…" not in text
+        assert all(f" {870.6 - n:g} " in text for n in range(3)), text
+        assert text.count(" 1.00 .95–1 ") == 3, text
+        assert [name for name in ("proposed by", "MACs") if name not in text] == left_out, text
+
+
 def test_the_stages_of_complete_trials_are_medians_in_one_line():
     failed = dataclasses.replace(trial(99, 1, 0.0, status="failed"), timings={"score": 500.0})
     assert stage_line([*STAIRS, failed]) == "median trial 1.2 s: mix 0.2, fine-tune 1.0"
