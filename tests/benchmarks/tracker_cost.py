@@ -42,14 +42,14 @@ class Pausing:
         return self._inner.is_due(loss)
 
     def capture(self, loss: str = "model") -> AbstractContextManager[None]:
-        if loss == "model":
-            if self._step % BLOCK == 0:
-                getcurrent().parent.switch()
-            self._step += 1
         return self._inner.capture(loss)
 
     def update(self, loss: str = "model") -> None:
         self._inner.update(loss)
+        if loss == "model":
+            self._step += 1
+            if self._step % BLOCK == 0:
+                getcurrent().parent.switch()
 
 
 def tracker_of(agent: Agent, tracking: Tracking | None) -> Pausing:
@@ -77,8 +77,8 @@ def compare(
             start = time.process_time()
             one.switch()
             seconds[chosen].append(time.process_time() - start)
-    # What comes before the first step, and the first block, which warms up, do not count.
-    pairs = list(zip(seconds[None], seconds[tracking], strict=True))[2:]
+    # The first block, with what comes before it, warms up; after the last there is nothing but the end.
+    pairs = list(zip(seconds[None], seconds[tracking], strict=True))[1:-1]
     return {
         f"{name}_step_ms": round(1000 * statistics.median(one for one, _ in pairs) / BLOCK, 3),
         f"{name}_overhead": round(statistics.median(other / one for one, other in pairs) - 1, 4),
