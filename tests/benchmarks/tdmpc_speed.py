@@ -14,6 +14,7 @@ faster.
 - `evaluation`: ten episodes of cartpole-swingup, shortened, environment time included. `one_by_one` is our
   planner at float32 with one episode after the other, as the plain side has them; `float32` and `bfloat16`
   have all of them in the same tensors. What `float32` gains beyond `one_by_one` is the batching of episodes.
+  `simulator` decides nothing and waits for the same environments: nobody's speedup can be larger than its.
 
 On a GPU (`--device cuda`) our side runs each of these as one CUDA graph; the plain side launches all kernels.
 
@@ -197,8 +198,12 @@ class Case:
                 self.device,
             )
 
+        def simulator() -> object:
+            still = torch.zeros(EPISODES, size, device=self.device)
+            return episodes.play(seeds, lambda observations, memory: still, self.device)
+
         together = {precision: ours(precision, EPISODES) for precision in self.precisions}
-        return {"plain": theirs, "one_by_one": ours("float32", 1), **together}
+        return {"plain": theirs, "simulator": simulator, "one_by_one": ours("float32", 1), **together}
 
 
 def medians(sides: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> Measured:
