@@ -271,7 +271,7 @@ def print_front(found: Front, console: Console) -> None:
     if not found.trials:
         print(f"The front of {found.experiment} is empty: {unmet(found)}.")
         return
-    console.print(front_table(found))
+    console.print(front_table(found, console.width))
     console.print(retention_table(found))
     for line in front_lines(found):
         console.print(line, soft_wrap=True, highlight=False, markup=False)

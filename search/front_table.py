@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from statistics import median
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -25,73 +28,92 @@ WIDTH = 100
 LEAST_ORIGIN = 9
 """Characters of who proposed a trial, or there is no such column."""
 
-DISPENSABLE = ("proposed by", "MACs")
-"""Columns that give way, in this order, where not all have room."""
+FIRST_TO_GO = ("proposed by", "MACs")
+"""Columns that give way first where not all have room; then those beyond the usual ones, the last first."""
+
+USUAL = 7
+"""Columns that every front has, from the left."""
 
 SHOWN_FAILURES = 5
 """Different reasons of failure that are listed."""
 
 
-def front_table(front: Front) -> Table:
-    """Size, cost and performance of a front's trials, smallest first; performance on test data once known."""
-    columns = dict(_columns(front))
+def front_table(front: Front, width: int = WIDTH) -> Table:
+    """Size, cost and performance of a front's trials, smallest first; performance on test data once known.
+
+    Args:
+        front: whose trials are listed.
+        width: columns of the terminal. What has no room is left out as whole columns, named below the table.
+    """
+    every = list(_columns(front))
+    named = {column.heading: column for column in reversed(every)}  # of two alike, the usual one
+    queue = [named[heading] for heading in FIRST_TO_GO]
+    queue += [*every[: USUAL - 1 : -1], named["test"], named["parameters"]]
+    columns = list(every)
     table = _filled(front, columns)
-    for name in DISPENSABLE:
-        if Console(width=10 * WIDTH).measure(table).minimum <= WIDTH:
+    for leaving in dict.fromkeys(queue):
+        if Console(width=10 * WIDTH).measure(table).minimum <= width:
             break
-        columns.pop(name, None)
+        columns.remove(leaving)
         table = _filled(front, columns)
+    left_out = [column.heading.partition("\n")[0] for column in every if column not in columns]
+    if left_out:
+        table.caption = f"No room for: {', '.join(left_out)}."
+        table.caption_justify = "left"
     return table
 
 
-Cell = Callable[[FrontTrial], str]
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """A heading, and what stands below it for every trial."""
+
+    heading: str
+    cell: Callable[[FrontTrial], str]
 
 
-def _columns(front: Front) -> Iterator[tuple[str, Cell]]:
-    """Headings, and what they say of a trial."""
-    yield "trial", lambda trial: str(trial.trial)
-    yield "size", lambda trial: percent(trial.size_ratio)
-    yield "parameters", lambda trial: f"{trial.parameters:,}"
-    yield "MACs", lambda trial: f"{trial.macs:,}"
-    yield "retention", lambda trial: _ratio(trial.retention)
-    yield "test", lambda trial: _ratio(trial.test_retention)
+def _columns(front: Front) -> Iterator[_Column]:
+    yield _Column("trial", lambda trial: str(trial.trial))
+    yield _Column("size", lambda trial: percent(trial.size_ratio))
+    yield _Column("parameters", lambda trial: f"{trial.parameters:,}")
+    yield _Column("MACs", lambda trial: f"{trial.macs:,}")
+    yield _Column("retention", lambda trial: _ratio(trial.retention))
+    yield _Column("test", lambda trial: _ratio(trial.test_retention))
     split = "test" if front.tested else "validation"
-    yield (
-        f"{front.performance}\n({split})".replace("_", " "),
-        lambda trial: _number(_performance(trial, front)),
-    )
+    performance = f"{front.performance}\n({split})".replace("_", " ")
+    yield _Column(performance, lambda trial: _number(_performance(trial, front)))
     bounded = [constraint.name for constraint in front.constraints]
     shown = ("parameters", "macs", "size_ratio", "retention", front.performance)
     extra = [name for name in dict.fromkeys([*_names(front), *bounded]) if name not in (*shown, *STABILITIES)]
     for name in extra:
-        yield name.replace("_", " "), _measurement(name)
+        yield _Column(name.replace("_", " "), _measurement(name))
     if any(STABILITY in trial.measured for trial in front.trials):
-        yield "stability\n(95 %)", _interval
+        yield _Column("stability\n(95 %)", _interval)
     for name in dict.fromkeys(name for trial in front.trials for name in trial.options):
-        yield name.replace("_", " "), _option(name)
-    yield "proposed by", lambda trial: trial.origin.removeprefix("anchor: ")
+        yield _Column(name.replace("_", " "), _option(name))
+    yield _Column("proposed by", lambda trial: trial.origin.removeprefix("anchor: "))
 
 
-def _measurement(name: str) -> Cell:
+def _measurement(name: str) -> Callable[[FrontTrial], str]:
     return lambda trial: _number(trial.measurement(name))
 
 
-def _option(name: str) -> Cell:
+def _option(name: str) -> Callable[[FrontTrial], str]:
     return lambda trial: _number(trial.options.get(name))
 
 
-def _filled(front: Front, columns: Mapping[str, Cell]) -> Table:
+def _filled(front: Front, columns: Sequence[_Column]) -> Table:
+    """With columns as wide as they have to be, but for who proposed a trial, which may be cut off."""
     table = plain_table(f"Front of {front.experiment}: {len(front.trials)} trials")
-    for heading, cell in columns.items():
-        if heading == "proposed by":
-            table.add_column(heading, min_width=LEAST_ORIGIN)
+    for column in columns:
+        if column.heading == FIRST_TO_GO[0]:
+            table.add_column(column.heading, min_width=LEAST_ORIGIN)
             continue
-        # As wide as its numbers: what is too long to stand on one line is the name of a measurement.
-        numbers = max((len(cell(trial)) for trial in front.trials), default=0)
-        words = max(len(word) for word in heading.split())
-        table.add_column(heading, justify="right", min_width=max(numbers, words))
+        numbers = max((len(column.cell(trial)) for trial in front.trials), default=0)
+        words = max(map(len, column.heading.split()), default=1)
+        lines = [wrap(line, max(numbers, words)) for line in column.heading.split("\n")]
+        table.add_column("\n".join(chain(*lines)), justify="right", no_wrap=True)
     for trial in front.trials:
-        table.add_row(*(Text(cell(trial), no_wrap=True, overflow="ellipsis") for cell in columns.values()))
+        table.add_row(*(Text(column.cell(trial), no_wrap=True, overflow="ellipsis") for column in columns))
     return table
 
 

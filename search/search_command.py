@@ -237,7 +237,7 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
     results = ready.keeper.results
     console.print()
     if front.trials:
-        console.print(front_table(front))
+        console.print(front_table(front, console.width))
         console.print(retention_table(front))
         for line in front_lines(front):
             console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -32,6 +33,16 @@ def _no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     empty.mkdir(exist_ok=True)
     monkeypatch.setenv("NETRC", str(empty / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(empty))
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """A test that asks torch for more threads does not leave them to the next."""
+    torch = sys.modules.get("torch")  # not every test needs it
+    threads = torch.get_num_threads() if torch else None
+    yield
+    if torch and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

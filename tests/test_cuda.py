@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -122,6 +123,7 @@ def test_plans_as_on_a_cpu(explore):
         actions = there.plan(observations.cuda(), memory, explore=explore)
         torch.testing.assert_close(actions.cpu(), wanted, rtol=1e-8, atol=1e-9)
         torch.testing.assert_close(memory.means.cpu(), before, rtol=1e-8, atol=1e-9)
+    assert len(there._graphs._recordings) == 1
 
 
 @pytest.mark.parametrize("every", [1, 3, 1000])
@@ -137,6 +139,8 @@ def test_learns_as_on_a_cpu_whatever_is_tracked(every):
         for name, value in vars(wanted).items():
             torch.testing.assert_close(getattr(losses, name).cpu(), value, rtol=1e-6, atol=1e-8)
     assert tracker.told == {"model": 3 * CALLS, "policy": 3 * CALLS}
+    assert tracker.due == 2 * math.ceil(3 * CALLS / every)
+    assert len(there._graphs._recordings) == (every > 1)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(other.get_parameter(name).cpu(), parameter, rtol=1e-5, atol=1e-7)
     for name, slow in here.target.items():
@@ -166,6 +170,7 @@ def test_distils_as_on_a_cpu():
             here.add_visited(visited)
             there.add_visited(moved(visited))
         assert float(there.step(tracker)) == pytest.approx(float(here.step()), rel=1e-6)
+    assert len(there._graphs._recordings) == 1
     assert there.held_out_loss() == pytest.approx(here.held_out_loss(), rel=1e-6)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(other.get_parameter(name).cpu(), parameter, rtol=1e-5, atol=1e-7)

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from search.determinism import deterministic
 
@@ -42,19 +42,21 @@ def test_generators_and_threads_are_as_before_even_after_an_exception(fails):
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    before = blas_threads()
-    try:
-        with deterministic(2**40 + 7, threads=1):
-            assert torch.get_num_threads() == 1
-            assert blas_threads() == {1}
-            draw()
-            if fails:
-                raise ZeroDivisionError
-    except ZeroDivisionError:
-        pass
-    assert draw() == expected
-    assert torch.get_num_threads() == 2
-    assert blas_threads() == before
+    with threadpool_limits(2, user_api="blas"):
+        before = blas_threads()
+        assert before != {1}
+        try:
+            with deterministic(2**40 + 7, threads=1):
+                assert torch.get_num_threads() == 1
+                assert blas_threads() == {1}
+                draw()
+                if fails:
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            pass
+        assert draw() == expected
+        assert torch.get_num_threads() == 2
+        assert blas_threads() == before
 
 
 def test_blocks_nest():

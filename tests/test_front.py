@@ -265,22 +265,59 @@ def test_tables_fit_a_hundred_columns_and_show_what_matters():
         assert shown in text, shown
 
 
-def test_columns_give_way_as_a_whole_and_no_number_is_cut():
+@pytest.mark.parametrize(
+    ("width", "more", "options", "left_out"),
+    [
+        (100, {}, {}, ""),
+        (100, {"latency_p99_ms": 1234.5}, {}, "proposed by"),
+        (100, {"latency_p99_ms": 1234.5}, {"samples": 577, "horizon": 5}, "MACs, proposed by"),
+        (100, {"latency_p99_ms": 1.5}, {"samples": 9, "iterations": 6, "horizon": 5, "passes": 10**8}, None),
+        (80, {}, {}, "MACs, proposed by"),
+        (50, {}, {}, "MACs, test, stability, proposed by"),
+    ],
+)
+def test_columns_give_way_as_a_whole_and_no_number_is_cut(width, more, options, left_out):
     """Of TD-MPC: stability is wide, and who proposed a trial had taken the room of its return."""
+    results = [
+        dataclasses.replace(
+            result,
+            size_ratio=0.5,
+            macs=777_777_777,
+            options=options,
+            objectives={**result.objectives, **more},
+        )
+        for result in (steady(n, 130_000_000 - n, 1 - n / 10, 1.0, 0.951, 1.0) for n in range(3))
+    ]
     remeasured = {n: Remeasured(870.6 - n, 0.987, {}, "h") for n in range(3)}
-    for more, left_out in (({}, []), ({"latency_p99_ms": 1234.5}, ["proposed by"])):
-        results = [
-            dataclasses.replace(result, size_ratio=0.5, objectives={**result.objectives, **more})
-            for result in (steady(n, 130_000_000 - n, 1 - n / 10, 1.0, 0.951, 1.0) for n in range(3))
-        ]
-        front = front_of(results, [SIZE, ERROR, *([LATENCY] if more else [])], remeasured=remeasured)
-        output = io.StringIO()
-        Console(width=100, file=output).print(front_table(front))
-        text = output.getvalue()
-        assert "…" not in text
-        assert all(f" {870.6 - n:g} " in text for n in range(3)), text
-        assert text.count(" 1.00 .95–1 ") == 3, text
-        assert [name for name in ("proposed by", "MACs") if name not in text] == left_out, text
+    front = front_of(results, [SIZE, ERROR, *([LATENCY] if more else [])], remeasured=remeasured)
+    output = io.StringIO()
+    Console(width=width, file=output).print(front_table(front, width))
+    text = output.getvalue()
+    table, _, named = text.partition("No room for: ")
+    assert all(f" {870.6 - n:g} " in table for n in range(3)), text
+    columns = {
+        "proposed by": " tpe ",
+        "MACs": " 777,777,777 ",
+        "parameters": " 130,000,000 ",
+        "test": " 0.987 ",
+        "stability": " 1.00 .95–1 ",
+        "latency p99 ms": f" {more.get('latency_p99_ms', 0):.4g} ",
+        **{name: f" {value} " for name, value in options.items()},
+    }
+    missing = [name for name in named.replace("\n", " ").strip(" .").split(", ") if name]
+    if left_out is not None:
+        assert ", ".join(missing) == left_out
+    if not more:
+        del columns["latency p99 ms"]
+    for name, number in columns.items():
+        assert (number in table.replace("\n", " \n")) == (name not in missing), (name, text)
+
+
+def test_a_column_may_be_named_like_another_one():
+    results = [dataclasses.replace(entry, options={"size": 77, "proposed_by": 99}) for entry in STAIRS]
+    output = io.StringIO()
+    Console(width=100, file=output).print(front_table(front_of(results)))
+    assert all(text in output.getvalue() for text in (" 77 ", " 99 ", " 100 % ", " tpe ")), output.getvalue()
 
 
 def test_the_stages_of_complete_trials_are_medians_in_one_line():

@@ -164,6 +164,38 @@ def test_terminated_transitions_and_weights_matter():
     assert (weight - other_weight).abs().max() > 1e-6
 
 
+def test_what_is_tracked_changes_nothing_and_is_told_of_every_step():
+    """Steps that are not looked at take another way, which on a GPU is a recorded one."""
+    chosen = options()
+
+    class Every(Gradients):
+        def __init__(self, model, every):
+            super().__init__(model)
+            self.every, self.told, self.captured = every, [], []
+
+        def is_due(self, loss="model"):
+            return self.told.count(loss) % self.every == 0
+
+        def capture(self, loss="model"):
+            self.captured.append((loss, self.told.count(loss)))
+            return nullcontext()
+
+        def update(self, loss="model"):
+            self.told.append(loss)
+
+    found = {}
+    for every in (1, 3):
+        model = world(EVEN)
+        learner, tracker = Learner(model, chosen), Every(model, every)
+        for number in range(7):
+            given, noise = batch(chosen.horizon, ROWS, number), update_noise(chosen.horizon, ROWS, number)
+            learner.update(given, noise, number, tracker)
+        assert tracker.told == ["model", "policy"] * 7
+        assert tracker.captured == [(loss, n) for n in range(0, 7, every) for loss in ("model", "policy")]
+        found[every] = {**model.state_dict(), **learner.target}
+    assert all(torch.equal(value, found[3][name]) for name, value in found[1].items())
+
+
 def test_each_optimizer_moves_its_own_parameters():
     chosen, model = options(), world(EVEN)
     gradients = Gradients(model)

@@ -2,10 +2,10 @@
 
 Two trainings of the same agent, on one thread, one with the tracker as experiments have it
 (`base.importance`) and one without, take turns, 128 steps each. `*_step_ms` is the processor time of a step
-without it and `*_overhead` the share by which the other takes longer, at least one snapshot in every turn
-included: medians over the turns. The goal is at most 0.10; other work of the machine slows the tracker more
-than the training, by the caches. The autoencoder is the shipped `autoencoder` and trains in full; TD-MPC, the
-shipped `cartpole`, learns from its first, random episodes. `--every` tracks more closely.
+without it and `*_overhead` the share by which the other takes longer, snapshots included, of which two turns
+in three have one: medians over the turns. The goal is at most 0.10; other work of the machine slows the
+tracker more than the training, by the caches. The autoencoder is the shipped `autoencoder` and trains in
+full; TD-MPC, the shipped `cartpole`, learns from its first, random episodes. `--every` tracks more closely.
 """
 
 from __future__ import annotations
