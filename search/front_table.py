@@ -50,9 +50,11 @@ def front_table(front: Front, width: int = WIDTH) -> Table:
     queue = [named[heading] for heading in FIRST_TO_GO]
     queue += [*every[: USUAL - 1 : -1], named["test"], named["parameters"]]
     columns = list(every)
-    table = _filled(front, columns)
+    table = _filled(front, columns, narrow=False)
+    if _least_width(table) > width:
+        table = _filled(front, columns)
     for leaving in dict.fromkeys(queue):
-        if Console(width=10 * WIDTH).measure(table).minimum <= width:
+        if _least_width(table) <= width:
             break
         columns.remove(leaving)
         table = _filled(front, columns)
@@ -101,8 +103,8 @@ def _option(name: str) -> Callable[[FrontTrial], str]:
     return lambda trial: _number(trial.options.get(name))
 
 
-def _filled(front: Front, columns: Sequence[_Column]) -> Table:
-    """With columns as wide as they have to be, but for who proposed a trial, which may be cut off."""
+def _filled(front: Front, columns: Sequence[_Column], narrow: bool = True) -> Table:
+    """Only who proposed a trial may be cut off; narrow, headings wrap to the width of their numbers."""
     table = plain_table(f"Front of {front.experiment}: {len(front.trials)} trials")
     for column in columns:
         if column.heading == FIRST_TO_GO[0]:
@@ -110,11 +112,16 @@ def _filled(front: Front, columns: Sequence[_Column]) -> Table:
             continue
         numbers = max((len(column.cell(trial)) for trial in front.trials), default=0)
         words = max(map(len, column.heading.split()), default=1)
-        lines = [wrap(line, max(numbers, words)) for line in column.heading.split("\n")]
+        most = max(numbers, words) if narrow else WIDTH
+        lines = [wrap(line, most) for line in column.heading.split("\n")]
         table.add_column("\n".join(chain(*lines)), justify="right", no_wrap=True)
     for trial in front.trials:
         table.add_row(*(Text(column.cell(trial), no_wrap=True, overflow="ellipsis") for column in columns))
     return table
+
+
+def _least_width(table: Table) -> int:
+    return Console(width=10 * WIDTH).measure(table).minimum
 
 
 def base_line(base: Base, performance: str) -> str:
