@@ -103,6 +103,17 @@ def hover(page: api.Page, size: float, retention: float) -> tuple[float, float]:
     raise AssertionError("there is no tooltip where the chart says that it has drawn the trial")
 
 
+def svg_of(page: api.Page, chart: str) -> str:
+    return page.locator(f"#{chart}-chart svg").inner_html()
+
+
+def wait_until_redrawn(page: api.Page, chart: str, before: str) -> None:
+    """Wait until a chart no longer shows `before`: ECharts draws in the page's next frame, or the one after."""
+    page.wait_for_function(
+        "([id, before]) => document.querySelector(`#${id}-chart svg`).innerHTML !== before", arg=[chart, before]
+    )
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, report, width, height) -> None:
     page = opened(width, height)
@@ -170,9 +181,9 @@ def test_switches_redraw(opened) -> None:
         ("course", "input[value=seconds]"),
     ):
         scroll_through(page)
-        before = page.locator(f"#{chart}-chart svg").inner_html()
+        before = svg_of(page, chart)
         page.locator(switch).click()
-        assert page.locator(f"#{chart}-chart svg").inner_html() != before
+        wait_until_redrawn(page, chart, before)
 
 
 def test_the_metric_is_chosen_for_all_charts_that_have_one(opened, report) -> None:
@@ -194,11 +205,13 @@ def test_dark_follows_the_reader_and_paper_is_light(opened) -> None:
     page = opened(scheme="dark")
     ground = "getComputedStyle(document.body).backgroundColor"
     assert page.evaluate(ground) == "rgb(18, 23, 30)"
-    dark = page.locator("#front-chart svg").inner_html()
+    dark = svg_of(page, "front")
     page.emulate_media(color_scheme="light")
     page.wait_for_function(f"{ground} === 'rgb(255, 255, 255)'")
-    assert page.locator("#front-chart svg").inner_html() != dark
+    wait_until_redrawn(page, "front", dark)
+    light = svg_of(page, "front")
     page.emulate_media(color_scheme="dark")
+    wait_until_redrawn(page, "front", light)
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate(ground) == "rgb(255, 255, 255)"
     for chart in ("front", "course", "parallel", "importance", "ranks", "parts", "agreement"):

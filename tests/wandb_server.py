@@ -238,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reply(429, {"error": "rate limit exceeded"}, {"Retry-After": "1"})
                 return
             case "slow":
-                self.server.ending.wait(0.4)
+                self.server.ending.wait(0.2)
             case "drop" if number % 2:
                 self.send_response(200)
                 self.send_header("content-length", "1000")
