@@ -95,8 +95,11 @@ class _Simulator(Protocol):
     def reset(self, seed: int) -> Any:
         """The first raw observation; `seed` fits 32 bits."""
 
-    def step(self, action: NDArray[Any]) -> tuple[Any, Any, bool, bool]:
-        """Raw observation, reward, terminated, truncated by the environment itself."""
+    def step(self, action: NDArray[Any]) -> tuple[Any, bool, bool]:
+        """Reward, terminated, truncated by the environment itself."""
+
+    def observe(self) -> Any:
+        """The raw observation of the present state, after a step."""
 
     def frame(self, raw: Any) -> NDArray[np.uint8]:
         """`(height, width, 3)` of the present state, whose raw observation is `raw`."""
@@ -149,10 +152,9 @@ class Environment:
         if rescaled is None:
             raise self._fault("the action")
         total, terminated, truncated = 0.0, False, False
-        raw: Any = None
         for _ in range(self.spec.action_repeat):
             try:
-                raw, reward, terminated, truncated = self._simulator.step(rescaled)
+                reward, terminated, truncated = self._simulator.step(rescaled)
             except _DivergedError as error:
                 raise self._fault("the state of the simulation") from error
             total += _number(reward)
@@ -163,7 +165,8 @@ class Environment:
                 break
         if not math.isfinite(total):
             raise self._fault("the reward")
-        return Step(self._observation(self._reader.next(raw, self._simulator)), total, terminated, truncated)
+        observation = self._reader.next(self._simulator.observe(), self._simulator)
+        return Step(self._observation(observation), total, terminated, truncated)
 
     def close(self) -> None:
         """Frees the simulation and its renderer."""
@@ -276,9 +279,7 @@ def make_environment(
 def _assemble(task: str, env: Any, *, repeat: int, limit: int, frames: int | None, side: int) -> Environment:
     """`env`, made by gymnasium, as an `Environment`; `frames` is None for states."""
     action = _ActionSpace(task, env.action_space)
-    simulator: _Simulator = (
-        _GymnasiumSimulator(env) if task.startswith(GYMNASIUM) else _DmControlSimulator(env)
-    )
+    simulator = _simulator(task, env)
     reader: _Reader
     if frames is None:
         reader = _StateReader(task, env.observation_space)
@@ -299,6 +300,15 @@ def _assemble(task: str, env: Any, *, repeat: int, limit: int, frames: int | Non
         observation_names=reader.names,
     )
     return Environment(spec, simulator, reader, action, limit)
+
+
+def _simulator(task: str, env: Any) -> _Simulator:
+    if task.startswith(GYMNASIUM):
+        return _GymnasiumSimulator(env)
+    from dm_control.rl.control import Environment as SuiteEnvironment
+
+    # Not of a subclass, which may do more in a step.
+    return (_SuiteSimulator if type(env.unwrapped._env) is SuiteEnvironment else _DmControlSimulator)(env)
 
 
 def _control_step(env: Any) -> float | None:
@@ -499,6 +509,7 @@ class _DmControlSimulator:
         self._env = env
         self._dm = env.unwrapped._env
         self._diverged: type[Exception] = PhysicsError
+        self._raw: Any = None
         # `Environment` counts the steps. dm_control's own limit would end an episode before a longer
         # `step_limit`.
         for name in ("_step_limit", "_time_limit"):
@@ -510,19 +521,18 @@ class _DmControlSimulator:
         raw, _ = self._env.reset(seed=seed)
         return raw
 
-    def step(self, action: NDArray[Any]) -> tuple[Any, Any, bool, bool]:
+    def step(self, action: NDArray[Any]) -> tuple[Any, bool, bool]:
         """The same numbers as through gymnasium and shimmy."""
         try:
             after = self._dm.step(action)
         except self._diverged as error:
             raise _DivergedError from error
-        over = after.last()
-        return (
-            after.observation,
-            after.reward or 0.0,
-            over and not after.discount > 0,
-            over and after.discount > 0,
-        )
+        self._raw, over = after.observation, after.last()
+        return after.reward or 0.0, over and not after.discount > 0, over and after.discount > 0
+
+    def observe(self) -> Any:
+        """What the last step returned."""
+        return self._raw
 
     def frame(self, raw: Any) -> NDArray[np.uint8]:
         """The camera's image."""
@@ -534,12 +544,43 @@ class _DmControlSimulator:
         self._env.close()
 
 
+class _SuiteSimulator(_DmControlSimulator):
+    """One of dm_control's suite: what its task observes is computed only when it is asked for.
+
+    Under action repeat, nobody looks at most of what dm_control's own `step` computes.
+    """
+
+    def __init__(self, env: Any) -> None:
+        from dm_control.rl.control import compute_n_steps
+
+        super().__init__(env)
+        self._substeps = compute_n_steps(self._dm.control_timestep(), self._dm.physics.timestep())
+
+    def step(self, action: NDArray[Any]) -> tuple[Any, bool, bool]:
+        """As dm_control's own, but for the observation."""
+        task, physics = self._dm.task, self._dm.physics
+        try:
+            task.before_step(action, physics)
+            physics.step(self._substeps)
+            task.after_step(physics)
+        except self._diverged as error:
+            raise _DivergedError from error
+        reward, discount = task.get_reward(physics), task.get_termination(physics)
+        over = discount is not None
+        return reward or 0.0, over and not discount > 0, over and discount > 0
+
+    def observe(self) -> Any:
+        """By the task, from the physics."""
+        return self._dm.task.get_observation(self._dm.physics)
+
+
 class _GymnasiumSimulator:
     """Any environment of gymnasium."""
 
     def __init__(self, env: Any) -> None:
         self._env = env
         self._is_image = _is_image(env.observation_space)
+        self._raw: Any = None
 
     def reset(self, seed: int) -> Any:
         """With a seed, gymnasium makes a new generator."""
@@ -547,10 +588,14 @@ class _GymnasiumSimulator:
             raw, _ = self._env.reset(seed=seed)
         return raw
 
-    def step(self, action: NDArray[Any]) -> tuple[Any, Any, bool, bool]:
+    def step(self, action: NDArray[Any]) -> tuple[Any, bool, bool]:
         """One step."""
-        raw, reward, terminated, truncated, _ = self._env.step(action)
-        return raw, reward, bool(terminated), bool(truncated)
+        self._raw, reward, terminated, truncated, _ = self._env.step(action)
+        return reward, bool(terminated), bool(truncated)
+
+    def observe(self) -> Any:
+        """What the last step returned."""
+        return self._raw
 
     def frame(self, raw: Any) -> NDArray[np.uint8]:
         """The observation where it is an image, else what the environment renders."""
