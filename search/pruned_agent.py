@@ -32,7 +32,8 @@ class PrunedAgent:
         base: what it is compared with.
         kept: group -> indices of the dense channels that it has, ascending; as of now.
         fine_tune: as the agent's; prunes along the way where that is not done.
-        repaired_by: what the present weights are from; empty where it is still to be pruned.
+        repaired_by: what the present weights are from; empty where it is still to be pruned, or is whole.
+        is_whole: nothing was removed: it is the base, and there is nothing to repair.
     """
 
     agent: Agent
@@ -41,6 +42,7 @@ class PrunedAgent:
     kept: Callable[[], Mapping[str, Tensor]]
     fine_tune: Callable[[str, int, int, Progress], Mapping[str, float] | None]
     repaired_by: RepairedBy
+    is_whole: bool = False
 
 
 def pruned_agent(spec: TrialSpec, base: Base, device: str, stages: Stages) -> PrunedAgent:
@@ -83,6 +85,9 @@ def _pruned_at_once(spec: TrialSpec, base: Base, device: str, stages: Stages) ->
     kept = {group: mask.nonzero().flatten() for group, mask in keep.items()}
     if isinstance(agent, Student):
         agent.learn_from(dense.agent, {group: channels.to(device) for group, channels in kept.items()})
+
+    if all(bool(mask.all()) for mask in keep.values()):
+        return PrunedAgent(agent, dense.graph, base, lambda: kept, agent.fine_tune, "", is_whole=True)
 
     stages.enter("reconstruct")
     repaired = reconstruct(

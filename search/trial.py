@@ -37,7 +37,8 @@ def run_trial(
 ) -> TrialResult:
     """Prune, repair, fine-tune and measure one plan.
 
-    Of the reconstructed and the fine-tuned agent, the one that performs better on validation data is kept.
+    Of the reconstructed and the fine-tuned agent, the one that performs better on validation data is kept. A
+    plan that removes nothing makes the base itself, which is neither reconstructed nor fine-tuned.
     Every fault of the trial ends as a failed result that names the stage, so that the worker survives it. The
     same specification, base, device and thread count give the same result, bit for bit, but for timings;
     rungs change nothing but what is said of them.
@@ -82,6 +83,7 @@ def _pipeline(
     settings = spec.pruning
     pruned = pruned_agent(spec, base, device, stages)
     agent, base, before = pruned.agent, pruned.base, pruned.repaired_by
+    updates = 0 if pruned.is_whole else settings.fine_tune_updates
 
     def unmeasured() -> TrialResult:
         parameters = parameter_count(agent.model)
@@ -102,11 +104,11 @@ def _pipeline(
     tuned_state: dict[str, Tensor] = {}
     facts: dict[str, float] = {}
     course = Course(agent, settings, stages, lambda losses: report(replace(unmeasured(), rung_losses=losses)))
-    if settings.fine_tune_updates > 0:
+    if updates > 0:
         stages.enter("fine_tune")
         try:
-            told = pruned.fine_tune(course.method, settings.fine_tune_updates, spec.seed, course) or {}
-            stages.updates = settings.fine_tune_updates  # of one that tells no progress, too
+            told = pruned.fine_tune(course.method, updates, spec.seed, course) or {}
+            stages.updates = updates  # of one that tells no progress, too
             stages.enter("evaluate")
             tuned = dict(agent.evaluate("validation"))
             _require_finite({**told, **tuned})
@@ -121,14 +123,14 @@ def _pipeline(
     stages.enter("evaluate")
     rungs: list[tuple[int, float]] = []
     performance, reached, repaired_by = tuned, math.nan, before
-    if before:
+    if before or pruned.is_whole:
         agent.load_states({"model": repaired})
         performance = agent.evaluate("validation")
         reached = float(performance[measure.name])
         rungs.append((0, reached))
-    if settings.fine_tune_updates > 0:
+    if updates > 0:
         after = float(tuned.get(measure.name, math.nan))
-        rungs.append((settings.fine_tune_updates, after))
+        rungs.append((updates, after))
         if tuned_state and _as_good(after, reached, measure):
             performance, reached, repaired_by = tuned, after, "fine_tuning"
             agent.load_states({"model": tuned_state})

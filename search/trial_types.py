@@ -175,7 +175,8 @@ class TrialResult:
         updates: updates of fine-tuning that were made; those of a worker that was lost are not known, and 0.
         fine_tuning: what the agent tells of its fine-tuning, by name.
         repaired_by: `fine_tuning`, or what came before it where that performs better on validation data or
-            there was no fine-tuning; everything measured is of that state. Empty in a failed trial.
+            there was no fine-tuning; everything measured is of that state. Empty in a failed trial, and where
+            nothing was removed.
         timings: stage -> seconds.
         usage: what the trial took of its worker: `cpu_seconds`; `memory_mb`, the most that the process has
             ever held, in MiB; on a GPU `gpu_memory_mb`, the most that the trial held there.

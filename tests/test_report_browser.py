@@ -108,9 +108,10 @@ def svg_of(page: api.Page, chart: str) -> str:
 
 
 def wait_until_redrawn(page: api.Page, chart: str, before: str) -> None:
-    """Wait until a chart no longer shows `before`: ECharts draws in the page's next frame, or the one after."""
+    """Wait until a chart no longer shows `before`: ECharts draws in one of the page's next frames."""
     page.wait_for_function(
-        "([id, before]) => document.querySelector(`#${id}-chart svg`).innerHTML !== before", arg=[chart, before]
+        "([id, before]) => document.querySelector(`#${id}-chart svg`).innerHTML !== before",
+        arg=[chart, before],
     )
 
 

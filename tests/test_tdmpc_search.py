@@ -88,7 +88,9 @@ def test_a_search_prunes_repairs_plans_and_keeps_bundles_that_verify(serial, cap
     assert "fine-tune" in printed.splitlines()[-1] or "median trial" in printed
     found = trials("runs/point")
     assert [trial["status"] for trial in found] == ["complete"] * 6
-    for trial in found:
+    whole, *pruned = found
+    assert (whole["size_ratio"], whole["retention"], whole["repaired_by"]) == (1.0, 1.0, "")
+    for trial in pruned:
         told = trial["fine_tuning"]
         assert told["on_policy_episodes"] == 2
         assert told["environment_steps"] == 40

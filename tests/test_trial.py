@@ -210,6 +210,23 @@ def test_fine_tuning_that_does_no_harm_is_kept(base):
     assert same_as_before.repaired_by == "fine_tuning"
 
 
+@pytest.mark.parametrize("mode", ["shared", "per_trial"])
+def test_what_is_whole_is_neither_reconstructed_nor_fine_tuned(mode):
+    base = train_base("toy_agents:Toy", {}, seed=0, metrics=METRICS)
+    shape = untrained_base("toy_agents:Toy", {}, seed=0) if mode == "per_trial" else base
+    whole = run_trial(spec(PruningPlan({"l2": 1.0}, {}), base_mode=mode, number=3), shape)
+    own = train_base("toy_agents:Toy", {}, seed=trial_seed(0, 3), metrics=METRICS)
+    wanted = own if mode == "per_trial" else base
+    assert (whole.status, whole.retention, whole.size_ratio) == ("complete", 1.0, 1.0)
+    for name, array in wanted.states["model"].items():
+        np.testing.assert_array_equal(whole.state[name], array)
+    assert (whole.repaired_by, whole.updates, whole.fine_tuning) == ("", 0, {})
+    assert [updates for updates, _ in whole.rungs] == [0]
+    assert not {"reconstruct", "fine_tune"} & set(whole.timings)
+    one_less = PruningPlan({"l2": 1.0}, {"latent": 0.2})
+    assert run_trial(spec(one_less, base_mode=mode, number=3), shape).repaired_by == "fine_tuning"
+
+
 def test_the_better_of_a_performance_to_maximize_is_the_higher():
     base = train_base("toy_agents:Scoring", {}, seed=0, metrics=METRICS)
     objectives = ("parameters", "score")
