@@ -60,8 +60,8 @@ COSTS = {
 }
 """Objectives that every agent has, lower better, with their units; its performance is one more."""
 
-PERFORMANCES = ("reconstruction_error", "return")
-"""What the agents that come with the package call their performance."""
+PERFORMANCES = {"autoencoder": "reconstruction_error", "tdmpc": "return"}
+"""What the agents that come with the package call their performance, by kind."""
 
 REPORTED = {
     "tdmpc": (
@@ -526,9 +526,11 @@ class ExperimentConfig(_Section):
     def _known_measurements(self) -> ExperimentConfig:
         # What a user's own agent calls its performance is known to it alone: see `resolve_objectives`.
         if ":" not in self.agent.kind:
-            search = self.search
-            reported = REPORTED.get(self.agent.kind, ())
-            _check_measurements(search.objectives or (), search.constraints, PERFORMANCES, reported)
+            search, kind = self.search, self.agent.kind
+            performance = PERFORMANCES.get(kind)
+            performances = PERFORMANCES.values() if performance is None else (performance,)
+            reported = REPORTED.get(kind, ())
+            _check_measurements(search.objectives or (), search.constraints, performances, reported)
         return self
 
     @property
@@ -653,7 +655,7 @@ def resolve_objectives(
 def _check_measurements(
     objectives: Sequence[str],
     constraints: Sequence[Constraint],
-    performances: Sequence[str],
+    performances: Collection[str],
     reported: Collection[str],
 ) -> None:
     """Refuse names of what trials do not measure.

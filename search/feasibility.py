@@ -89,8 +89,8 @@ def require_reachable(
 
     Sizes and multiply-accumulates lie between those of the smallest and the largest model; errors are never
     below 0, so that retention has a limit too once the base is trained. Each constraint is looked at alone,
-    and `parameters` and `size_ratio`, and measurements that are `ORDERED`, together as well; what models of a
-    limited size can achieve is not known.
+    and `parameters` and `size_ratio`, retention and performance, and measurements that are `ORDERED` together
+    as well; what models of a limited size can achieve is not known.
 
     Args:
         constraints: of the search.
@@ -114,6 +114,8 @@ def require_reachable(
             )
     _require_compatible_sizes(constraints, largest.parameters)
     _require_order(constraints)
+    if base is not None and base.trained:
+        _require_compatible_performance(constraints, performance, base)
 
 
 def _possible(name: Name, kind: str, agent: Agent, space: SearchSpace) -> PossibleModel:
@@ -168,6 +170,22 @@ def _require_compatible_sizes(constraints: Sequence[Constraint], base_parameters
             raise UserError(
                 f"search.constraints.parameters is '{parameters}' and search.constraints.size_ratio "
                 f"'{ratio}', which no trial can meet together: that size ratio is {implied:,.1f} parameters"
+            )
+
+
+def _require_compatible_performance(
+    constraints: Sequence[Constraint], performance: Objective, base: Base
+) -> None:
+    """Refuse bounds on retention and on the performance that it is of that exclude one another."""
+    flipped = {">=": "<=", "<=": ">="} if performance.direction == "minimize" else {">=": ">=", "<=": "<="}
+    for reached, kept in _pairs(constraints, performance.name, "retention"):
+        implied, operator = base.retention(reached.bound), flipped[reached.operator]
+        low, high = (kept.bound, implied) if operator == "<=" else (implied, kept.bound)
+        if operator != kept.operator and low > high:
+            raise UserError(
+                f"search.constraints.{performance.name} is '{reached}' and search.constraints.retention "
+                f"'{kept}', which no trial can meet together: a {performance.name.replace('_', ' ')} of "
+                f"{_shown(reached.bound)} is a retention of {implied:.5g}"
             )
 
 

@@ -7,12 +7,15 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import toy_agents
 from serial_search import EXPERIMENT, make_ready
 from toy_agents import INPUTS, Toy
 
 from components.errors import UserError
+from search.base import train_base
 from search.checked_experiment import CheckedExperiment, check
 from search.config import parse_experiment
 from search.constraints import Constraint, parse_all
@@ -175,6 +178,25 @@ def test_a_share_lies_between_0_and_1(name: str) -> None:
     for text, words in ((">= 1.5", "never above 1"), ("<= -0.5", "never below 0")):
         with pytest.raises(UserError, match=f"search.constraints.{name} is .*{words}"):
             require_reachable(Constraint.parse(name, text), smallest, largest, Toy.performance)
+
+
+@pytest.mark.parametrize("kind", ["Toy", "Scoring"])
+def test_retention_and_performance_that_exclude_one_another_are_refused(kind) -> None:
+    base = train_base(f"toy_agents:{kind}", {}, seed=0, metrics=("l2",))
+    performance = getattr(toy_agents, kind).performance
+    smallest, _, largest = models_of(checked())
+    reachable = np.linspace(base.trivial["validation"], base.performance["validation"], 21)
+    for share, other, kept, reached in itertools.product((0.25, 0.75), (0.5,), (">=", "<="), (">=", "<=")):
+        bound = base.trivial["validation"] * (1 - other) + base.performance["validation"] * other
+        bounds = [Constraint("retention", kept, share), Constraint(performance.name, reached, bound)]
+        met = any(
+            bounds[0].violation(base.retention(value)) <= 0 and bounds[1].violation(value) <= 0
+            for value in reachable
+        )
+        words = f"search.constraints.{performance.name} is .* together: .* is a retention of 0.5$"
+        with nullcontext() if met else pytest.raises(UserError, match=words):
+            require_reachable(bounds, smallest, largest, performance, base)
+        require_reachable(bounds, smallest, largest, performance)  # before there is a base, nobody knows
 
 
 def test_retention_and_errors_have_limits_as_far_as_they_are_known(tmp_path) -> None:
