@@ -46,11 +46,8 @@ def _threads_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def one_thread(_threads_as_before: None) -> None:
     """For models so small that more threads only wait for one another."""
     import torch
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from greenlet import GreenletExit
 
 from components.errors import UserError
@@ -63,8 +64,6 @@ def complete(spec: TrialSpec, **measured: Any) -> TrialResult:
 
 def troubled(spec: TrialSpec, base: Base, device: str) -> TrialResult:
     """Trials 2 to 6 each fail in a way of their own; the others say who ran them, and with what."""
-    import torch
-
     if spec.number == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     if spec.number == 3:
@@ -80,7 +79,6 @@ def troubled(spec: TrialSpec, base: Base, device: str) -> TrialResult:
     performance = {
         "worker": float(os.getpid()),
         "unpacked": float(unpacked),
-        "threads": float(torch.get_num_threads()),
         "sum": float(base.values.sum()),
     }
     return complete(spec, performance=performance, host=device, state=state)
@@ -282,7 +280,6 @@ def test_results_arrive_whole(troubled_search: TroubledSearch) -> None:
         assert result.complete
         assert result.objectives == {"parameters": 100.0 - number, "error": 0.1 * number}
         assert result.performance["sum"] == np.arange(100_000.0).sum()
-        assert result.performance["threads"] == 1
         assert result.host == "cpu"
         assert result.state is not None
         for i in range(10):
@@ -492,6 +489,15 @@ def test_trials_per_cluster(
     reported.append({"Alive": False, "Resources": {"CPU": 64.0}})
     monkeypatch.setattr(ray_connection.ray, "nodes", lambda: reported)
     assert ray_connection.slots_of(cpus, gpus, least) == expected
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (3, 3), (0.5, 1), (2.5, 2)])
+def test_torch_gets_as_many_threads_as_a_trial_has_cpus(cpus: float, threads: int) -> None:
+    worker = object.__new__(cluster._Worker)  # without Ray around it
+    spec = TrialSpec.of(0, Proposal(PruningPlan({"l2": 1.0}, {}), "here"), 0, SETTINGS)
+    torch.set_num_threads(4)
+    worker.setup({"spec": cluster._Parcel(spec)}, None, plain, cpus, 0)
+    assert torch.get_num_threads() == threads
 
 
 def test_a_trial_larger_than_every_node_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
