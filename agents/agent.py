@@ -163,8 +163,9 @@ class Agent(Protocol):
         `progress` is told after every update, or trials of a `Rankable` agent cannot be stopped there. It may
         raise, also what is no `Exception`: the agent then only has to clean up.
 
-        Returns what is worth knowing of it, by name, such as `held_out_loss`: finite numbers, kept with the
-        trial's result; None where there is nothing to tell.
+        Returns what is worth knowing of it, by name: finite numbers, kept with the trial's result; None where
+        there is nothing to tell. `held_out_loss_before` and `held_out_loss`, on data that it does not learn
+        from, lower better, say whether it was of use: see `search.trial.is_surely_better`.
 
         Raises:
             UserError: no such method.

@@ -169,7 +169,8 @@ class TrialResult:
         component_sizes: component -> parameters.
         widths: group -> channels kept.
         kept: group -> indices of the kept channels, ascending.
-        rungs: (updates of fine-tuning done, performance on validation data): before and after it.
+        rungs: (updates of fine-tuning done, performance on validation data): before it, unless what came
+            after was surely better, and after it.
         rung_losses: (updates of fine-tuning done, the agent's rung loss then, lower is better), of every rung
             that was reached; finite.
         updates: updates of fine-tuning that were made; those of a worker that was lost are not known, and 0.

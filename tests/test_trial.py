@@ -263,6 +263,36 @@ def test_a_student_learns_which_agent_it_was_pruned_from_and_how():
     assert result.fine_tuning == {**expected, "teacher": base.performance["validation"]}
 
 
+FELL = {"held_out_loss_before": 2.0, "held_out_loss": 1.0}
+ROSE = {"held_out_loss_before": 1.0, "held_out_loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("told", "fault", "rungs", "kept"),
+    [
+        (FELL, None, [20], "fine_tuning"),
+        (ROSE, None, [0, 20], "fine_tuning"),
+        ({"held_out_loss": 1.0}, None, [0, 20], "fine_tuning"),
+        ({}, None, [0, 20], "fine_tuning"),
+        (FELL, "harm", [0, 20], "reconstruction"),  # by ten: it retains nothing
+    ],
+)
+def test_what_is_surely_better_spares_the_other_measurement(base, monkeypatch, told, fault, rungs, kept):
+    plain = run_trial(spec(), with_fault(base, fault))
+    measured = []
+    fine_tune, evaluate = toy_agents.Toy.fine_tune, toy_agents.Toy.evaluate
+    monkeypatch.setattr(toy_agents.Toy, "fine_tune", lambda self, *given: fine_tune(self, *given) or told)
+    monkeypatch.setattr(
+        toy_agents.Toy, "evaluate", lambda self, split: measured.append(split) or evaluate(self, split)
+    )
+    result = run_trial(spec(), with_fault(base, fault))
+    assert ([updates for updates, _ in result.rungs], result.repaired_by) == (rungs, kept)
+    assert len(measured) == len(rungs)
+    for record in (plain, result):  # sparing it changes nothing else
+        assert (record.performance, record.retention) == (plain.performance, plain.retention)
+    assert set(result.rungs) <= set(plain.rungs)
+
+
 def test_a_trial_may_act_with_other_options_than_its_base():
     base = train_base("toy_agents:Repeating", {}, seed=0, metrics=METRICS)
     alone = spec(fine_tune_updates=0)
