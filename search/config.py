@@ -32,12 +32,11 @@ from components.tracker import DECAY, EVERY, SNAPSHOTS, Tracking
 from search import experiment_yaml
 from search.config_errors import Fault, sentence, shown
 from search.constraints import Constraint, parse_all, written
-from search.given_mixtures import Mixing
+from search.given_mixtures import Mixing, Separation
 from search.measured import SIZES
 
 if TYPE_CHECKING:
     from agents.agent import Objective
-    from search.mixtures import Separation
 
 Metric = Literal[
     "l1", "l2", "gradient", "taylor", "fisher", "gate_fisher", "bayesian", "reconstruction", "random"
@@ -305,9 +304,10 @@ class PruningConfig(_Section):
 
     Attributes:
         metrics: importance metrics to mix; each one alone is an anchor trial.
-        coefficients: `shared` mixes alike everywhere; `per_component` mixes for every component on its own,
-            `per_group` for every group. A mapping such as `{latent: {l2: 1, fisher: 2}}` gives those of a
-            group, a component or `coupling` (all coupling groups), and the rest shares what is searched.
+        coefficients: `equal` mixes all metrics alike and searches ratios alone; `shared` searches one mixture
+            for all groups, `per_component` one for every component, `per_group` one for every group. A
+            mapping such as `{latent: {l2: 1, fisher: 2}}` gives those of a group, a component or `coupling`
+            (all coupling groups), and the rest shares what is searched.
         coefficients_force: search separate coefficients even below 10 trials a dimension.
         max_ratio: largest share of a group to remove, in (0, 1).
         ranking: `group` keeps the best channels of every group, as many as its ratio says; `isomorphic` lets
@@ -402,6 +402,8 @@ class SearchConfig(_Section):
         seed: of all proposals and trials, >= 0.
         concurrency: trials at a time, >= 1; null fills the resources. With 1, a search repeats bit for bit.
         anchors: start with the dense model, uniform ratios and every pure metric.
+        ratios_first: share of the trials, from the first, in which `gp` and `tpe` search ratios alone and mix
+            all metrics alike; then they search coefficients as well. 0.75 by `tests/benchmarks/methods.py`.
         hours: after which no further trial begins, > 0; those that run are waited for, and the front is made
             as ever. Counts from the first trial of this start, so a resumed search has them anew. null for no
             limit.
@@ -424,6 +426,7 @@ class SearchConfig(_Section):
     seed: int = Field(0, ge=0)
     concurrency: int | None = Field(None, ge=1)
     anchors: bool = True
+    ratios_first: float = Field(0.75, ge=0, le=1)
     hours: float | None = Field(None, gt=0)
     trial_timeout: float | None = Field(None, gt=0)
     retries: int = Field(2, ge=0)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, PlainSerializer
 
 from components.errors import nearest
 from search.config_errors import Fault, shown
+
+Separation = Literal["equal", "shared", "per_component", "per_group"]
+"""Who mixes with whom, where that is one word."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def _parse_coefficients(value: object) -> object:
         if not value:
             raise Fault("it must name a group or component, such as {latent: {l2: 1}}", value="{}")
         return tuple(GivenMixture.parse(str(key), weights) for key, weights in value.items())
-    choices = ("shared", "per_component", "per_group")
+    choices = get_args(Separation)
     if isinstance(value, str) and value not in choices:
         raise Fault(f"{nearest(value, choices)}, or the coefficients of groups", value=shown(value))
     if not isinstance(value, str | tuple):
@@ -58,7 +61,7 @@ def _write_coefficients(value: str | tuple[GivenMixture, ...]) -> str | dict[str
 
 
 Mixing = Annotated[
-    Literal["shared", "per_component", "per_group"] | tuple[GivenMixture, ...],
+    Separation | tuple[GivenMixture, ...],
     BeforeValidator(_parse_coefficients),
     PlainSerializer(_write_coefficients),
 ]

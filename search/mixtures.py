@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import TYPE_CHECKING, cast
 
 from components.dependency import Group
 from components.errors import UserError, nearest
 from components.plan import OTHERS, Coefficients, PruningPlan, check_weights, component_key, mixture_of
 
+if TYPE_CHECKING:
+    from search.given_mixtures import Separation
+
 ALL = ""
 """The key of the one mixture that serves all groups."""
-
-Separation = Literal["shared", "per_component", "per_group"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Mixtures:
         Args:
             groups: all groups of the model.
             metrics: importance metrics to mix, at least one.
-            coefficients: `shared` by all groups; `per_component`, one mixture for every component and one for
-                coupling groups; `per_group`; or those of some groups, components, `coupling` or `others`,
-                which all remaining groups then share a searched mixture beside.
+            coefficients: `equal`, all metrics alike; `shared` by all groups; `per_component`, one mixture for
+                every component and one for coupling groups; `per_group`; or those of some groups, components,
+                `coupling` or `others`, which all remaining groups then share a searched mixture beside.
 
         Raises:
             UserError: coefficients are given for what the model does not have or of what is not among the
@@ -56,6 +57,8 @@ class Mixtures:
         match coefficients:
             case "shared":
                 keys: tuple[str, ...] = (ALL,)
+            case "equal":
+                keys, given = (ALL,), {ALL: dict.fromkeys(metrics, 1.0 / len(metrics))}
             case "per_component" | "per_group" if len(metrics) == 1:
                 keys = (ALL,)
             case "per_component":
@@ -112,7 +115,8 @@ class Mixtures:
             by_metric = cast(Mapping[str, float], weights)
             found[key] = [float(by_metric.get(metric, 0.0)) for metric in self.metrics]
             if key in self.given and found[key] != list(self.given[key].values()):
-                raise UserError(f"the plan does not fit this search: it mixes otherwise for {key!r}")
+                place = f" for {key!r}" if key else ""
+                raise UserError(f"the plan does not fit this search: it mixes otherwise{place}")
         return found
 
 

@@ -12,13 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from components.choosing import kept_count
 from components.dependency import Group
 from components.errors import UserError, nearest
 from components.mixing import simplex
 from components.plan import PruningPlan
-from search.mixtures import Mixtures, Separation
+from search.mixtures import Mixtures
+
+if TYPE_CHECKING:
+    from search.given_mixtures import Separation
 
 UNIFORM_RATIOS = (0.50, 0.75, 0.90, 0.96)
 """Pruning ratios of the anchors that treat every group alike."""
@@ -262,6 +266,13 @@ class SearchSpace:
         """The coordinates of a searched mixture with these weights of the metrics, up to rounding."""
         named = (self.mixtures.prefix(key) + metric for metric in self.metrics)
         return dict(zip(named, _coordinates(weights), strict=True))
+
+    def mixed_equally(self) -> Params:
+        """The coordinates of all searched mixtures where every metric counts alike."""
+        params: Params = {}
+        for key in self.mixtures.searched:
+            params |= self.coordinates(key, [1.0] * len(self.metrics))
+        return params
 
     def own_options(self) -> Params:
         """What options are at where nobody chooses them: as the agent has them, within the bounds."""

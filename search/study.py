@@ -76,6 +76,8 @@ class Study:
         trials: the budget; it sizes the population of `nsga2`.
         anchors: start with the space's anchors.
         optimiser: of `grid` and `gradient`, what proposes; quasi-random points are what it leaves open.
+        ratios_first: how many trials, from the first, `tpe` and `gp` mix all metrics alike in and search the
+            rest alone: coefficients matter less than ratios, and a space of all of them is hard to learn.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Study:
         trials: int = 64,
         anchors: bool = True,
         optimiser: Optimiser | None = None,
+        ratios_first: int = 0,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
@@ -98,6 +101,7 @@ class Study:
         self._judge = Judge(objectives, constraints)
         self._population = min(max(trials // 5, 8), 50)
         self._anchors: tuple[Anchor, ...] = space.anchors() if anchors else ()
+        self._ratios_first = ratios_first if sampler in LEARNING_SAMPLERS else 0
         self._optimisers: tuple[Optimiser, ...] = () if optimiser is None else (optimiser,)
         if sampler in AHEAD:
             self._optimisers += (QuasiRandom(space.dimensions, seed),)
@@ -272,7 +276,9 @@ class Study:
 
     def _enqueue(self, params: Params) -> Trial:
         """A trial with given params."""
-        self._optuna.sampler = self._make_sampler(0) if self._sampler_name == "nsga2" else RandomSampler(0)
+        self._optuna.sampler = (
+            self._make_sampler(0, self._distributions) if self._sampler_name == "nsga2" else RandomSampler(0)
+        )
         self._optuna.enqueue_trial(params)
         trial = self._optuna.ask(self._distributions)
         if self._sampler_name == "nsga2":
@@ -288,7 +294,11 @@ class Study:
         for attempt in range(PROPOSALS):
             last = attempt == PROPOSALS - 1
             seed = int(np.random.SeedSequence([self._seed, number, attempt]).generate_state(1)[0])
-            self._optuna.sampler = RandomSampler(seed) if last else self._make_sampler(seed)
+            given = self._space.mixed_equally() if number < self._ratios_first else {}
+            searched = {name: of for name, of in self._distributions.items() if name not in given}
+            self._optuna.sampler = RandomSampler(seed) if last else self._make_sampler(seed, searched)
+            if given:
+                self._optuna.enqueue_trial(given)
             with _one_torch_thread():
                 trial = self._optuna.ask(self._distributions)
             if last or self._is_new(trial.params):
@@ -301,12 +311,12 @@ class Study:
         plan, options = self._space.to_plan(params), self._space.to_options(params)
         return self._space.decision(plan, options) not in self._decisions
 
-    def _make_sampler(self, seed: int) -> BaseSampler:
+    def _make_sampler(self, seed: int, searched: Mapping[str, BaseDistribution]) -> BaseSampler:
         startup = max(len(self._anchors), STARTUP_TRIALS)
         match self._sampler_name:
             case "tpe":
                 return ParzenEstimators(
-                    self._distributions,
+                    searched,
                     multivariate=True,
                     constant_liar=True,
                     n_startup_trials=startup,
@@ -316,7 +326,7 @@ class Study:
                 return NSGAIISampler(population_size=self._population, seed=seed)
             case "gp":
                 return GaussianProcesses(
-                    self._distributions,
+                    searched,
                     self._estimated(),
                     n_startup_trials=max(1, startup - len(self._stopped)),
                     seed=seed,

@@ -97,6 +97,7 @@ search:
   seed: 4
   concurrency: 2
   anchors: false
+  ratios_first: 0.5
   hours: 1.5
   trial_timeout: 600
   retries: 0
@@ -145,8 +146,8 @@ def test_coefficients_of_groups_may_be_given() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("pruning.coefficients=per_grup", "'per_grup': did you mean 'per_group'? allowed: per_component, "),
-        ("pruning.coefficients=3", "is 3: allowed: shared, per_component, per_group, or a mapping such as"),
+        ("pruning.coefficients=per_grup", "'per_grup': did you mean 'per_group'? allowed: equal, per_comp"),
+        ("pruning.coefficients=3", "is 3: allowed: equal, shared, per_component, per_group, or a mapping"),
         ("pruning.coefficients={}", "is {}: it must name a group or component, such as {latent: {l2: 1}}"),
         ("pruning.coefficients={latent: l2}", "pruning.coefficients.latent is 'l2': it must be a mapping of"),
         ("pruning.coefficients={latent: {l2: many}}", "coefficients.latent is {'l2': 'many'}: it must be a"),
@@ -228,9 +229,8 @@ def test_faults_of_an_override_name_the_override() -> None:
         (
             "search.trails=3",
             "unknown key search.trails: did you mean 'trials'? allowed: anchors, concurrency, constraints, "
-            "early_stopping, grid, hours, objectives, options, retries, sampler, seed, trial_timeout, "
-            "trials, "
-            "warm_start",
+            "early_stopping, grid, hours, objectives, options, ratios_first, retries, sampler, seed, "
+            "trial_timeout, trials, warm_start",
         ),
         (
             "trials=3",

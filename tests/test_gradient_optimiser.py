@@ -62,7 +62,7 @@ def swept(coefficients: str = "shared") -> tuple[CheckedExperiment, PreparedBase
 
 
 every_mixture = pytest.mark.parametrize(
-    "coefficients", ["shared", "per_component", "per_group", "{latent: {l2: 1, fisher: 2}}"]
+    "coefficients", ["equal", "shared", "per_component", "per_group", "{latent: {l2: 1, fisher: 2}}"]
 )
 
 

@@ -38,7 +38,7 @@ def space_of(metrics: int = 3, coefficients: Any = "shared", **more: Any) -> Sea
 spaces = st.builds(
     space_of,
     metrics=st.integers(1, 3),
-    coefficients=st.sampled_from(["shared", "per_component", "per_group", {"latent": {"l2": 1.0}}]),
+    coefficients=st.sampled_from(["equal", "shared", "per_component", "per_group", {"latent": {"l2": 1.0}}]),
     max_ratio=st.floats(0.3, 0.99),
 )
 

@@ -42,6 +42,7 @@ def mixing_dimensions(space: SearchSpace) -> list[str]:
     ("coefficients", "keys", "searched"),
     [
         ("shared", [""], [""]),
+        ("equal", [""], []),
         ("per_component", ["encoder", "coupling", "decoder"], ["encoder", "coupling", "decoder"]),
         (
             "per_group",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def test_coefficients_follow_the_cubed_logarithm(params: dict[str, float]) -> No
         assert plan.ratios[group] == 1.0 - share
 
 
-@pytest.mark.parametrize("coefficients", ["shared", "per_component"])
+@pytest.mark.parametrize("coefficients", ["equal", "shared", "per_component"])
 @given(st.data())
 def test_params_of_inverts_to_plan(coefficients: str, data: st.DataObject) -> None:
     space = build(coefficients=coefficients, trials=10_000)
@@ -208,7 +209,7 @@ def test_anchors() -> None:
     assert anchors["pure fisher"].ratios == anchors["uniform 90 %"].ratios
 
 
-@pytest.mark.parametrize("coefficients", ["shared", "per_component"])
+@pytest.mark.parametrize("coefficients", ["equal", "shared", "per_component"])
 @pytest.mark.parametrize("max_ratio", [0.98, 0.96, 0.9, 0.3])
 def test_anchors_lie_inside_the_space_and_their_params_give_their_plans(
     coefficients: str, max_ratio: float
@@ -221,6 +222,17 @@ def test_anchors_lie_inside_the_space_and_their_params_give_their_plans(
         plans.append(space.to_plan(anchor.params))
         assert space.to_plan(space.params_of(plans[-1])) == plans[-1]
     assert len({plan.to_json() for plan in plans}) == len(plans)
+
+
+def test_where_all_metrics_count_alike_only_ratios_are_searched() -> None:
+    space = build(coefficients="equal", trials=1)
+    assert names(space) == names(build(metrics=("l2",)))
+    plans = [space.to_plan(anchor.params) for anchor in space.anchors()]
+    assert len(plans) == 5  # no metric alone
+    for plan in plans:
+        assert plan.coefficients == dict.fromkeys(METRICS, 1 / 3)
+    with pytest.raises(UserError, match=r"does not fit this search: it mixes otherwise$"):
+        space.params_of(replace(plans[1], coefficients={"l2": 0.5, "fisher": 0.5}))
 
 
 def test_anchors_beyond_the_largest_ratio_are_clipped_and_proposed_once() -> None:

@@ -567,6 +567,28 @@ def test_with_what_was_proposed_a_replayed_study_goes_on_bit_for_bit(sampler: st
     assert [resumed.ask(n) for n in (trials, trials + 1)] == [whole.ask(n) for n in (trials, trials + 1)]
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_ratios_come_first_with_all_metrics_alike(sampler: str) -> None:
+    first = 16
+    study, resumed = (make(sampler, ratios_first=first) for _ in range(2))
+    results = run(study, first - 1)
+    anchors = space_of().anchors()
+    for result in results[len(anchors) :]:
+        assert result.plan.coefficients == pytest.approx(dict.fromkeys(METRICS, 0.5), abs=1e-12)
+    assert len({tuple(result.plan.ratios.values()) for result in results[len(anchors) :]}) == 15 - len(
+        anchors
+    )
+    resumed.replay(results)
+    assert resumed.ask(first - 1).plan.ratios == pytest.approx(study.ask(first - 1).plan.ratios, abs=1e-3)
+    later = [study.ask(number).plan.coefficients["l2"] for number in range(first, first + 4)]
+    assert len(set(later)) > 1
+
+
+@pytest.mark.parametrize("sampler", ["random", "nsga2", "qmc"])
+def test_what_learns_otherwise_or_not_at_all_mixes_from_the_beginning(sampler: str) -> None:
+    assert run(make(sampler), 20) == run(make(sampler, ratios_first=20), 20)
+
+
 def test_what_was_proposed_and_has_not_finished_is_proposed_again() -> None:
     before, after = make(), make(seed=1)
     proposals = {number: before.ask(number) for number in (0, 20, 21)}

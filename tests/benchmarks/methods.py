@@ -8,8 +8,9 @@ size is chosen on validation data and reported on test data, or on fresh seeds. 
   it traces one call, and an agent whose networks meet in several is beyond it);
 - `random`: random ratios and coefficients;
 - `grid`, `gradient`: the coefficient optimisers;
-- `optuna_ratios`, `optuna_shared`, `optuna_per_component`, `optuna_per_group`: the experiment's own sampler,
-  over ratios alone with equal coefficients, and over ratios and coefficients;
+- `optuna`: the experiment's own sampler, as shipped: ratios first, then coefficients as well;
+- `optuna_ratios`, `optuna_shared`, `optuna_per_component`, `optuna_per_group`: the same over ratios alone,
+  with equal coefficients, and over ratios and coefficients from the beginning;
 - `optuna_isomorphic`: as `optuna_shared`, hidden layers that are built alike competing with one another;
 - `optuna_cosine`, `optuna_cubic`: as `optuna_shared`, pruned step by step during fine-tuning;
 - `greedy`: the `reconstruction` metric and closed-form repair alone, no gradient step;
@@ -59,17 +60,25 @@ THRESHOLDS = (0.01, 0.02, 0.05, 0.10)
 SCRATCH_LEARNING_RATE = 1e-2
 """What suits small autoencoders best."""
 
+TOGETHER = "search.ratios_first=0"
+"""Ratios and coefficients are searched together from the beginning."""
+
 SEARCHED: Mapping[str, tuple[str, ...]] = {
     "random": ("search.sampler=random", "search.anchors=false"),
     "grid": ("search.sampler=grid", "search.anchors=false"),
     "gradient": ("search.sampler=gradient", "search.anchors=false"),
-    "optuna_ratios": ("pruning.coefficients={others: {l2: 1, fisher: 1, reconstruction: 1}}",),
-    "optuna_shared": (),
-    "optuna_per_component": ("pruning.coefficients=per_component", "pruning.coefficients_force=true"),
-    "optuna_per_group": ("pruning.coefficients=per_group", "pruning.coefficients_force=true"),
-    "optuna_isomorphic": ("pruning.ranking=isomorphic",),
-    "optuna_cosine": ("pruning.schedule=cosine",),
-    "optuna_cubic": ("pruning.schedule=cubic",),
+    "optuna": (),
+    "optuna_ratios": ("pruning.coefficients=equal",),
+    "optuna_shared": (TOGETHER,),
+    "optuna_per_component": (
+        TOGETHER,
+        "pruning.coefficients=per_component",
+        "pruning.coefficients_force=true",
+    ),
+    "optuna_per_group": (TOGETHER, "pruning.coefficients=per_group", "pruning.coefficients_force=true"),
+    "optuna_isomorphic": (TOGETHER, "pruning.ranking=isomorphic"),
+    "optuna_cosine": (TOGETHER, "pruning.schedule=cosine"),
+    "optuna_cubic": (TOGETHER, "pruning.schedule=cubic"),
 }
 """Method -> how it changes the experiment."""
 
