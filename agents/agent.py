@@ -164,8 +164,9 @@ class Agent(Protocol):
         raise, also what is no `Exception`: the agent then only has to clean up.
 
         Returns what is worth knowing of it, by name: finite numbers, kept with the trial's result; None where
-        there is nothing to tell. `held_out_loss_before` and `held_out_loss`, on data that it does not learn
-        from, lower better, say whether it was of use: see `search.trial.is_surely_better`.
+        there is nothing to tell. An agent that tells `held_out_loss_before` and `held_out_loss`, of data that
+        it did not learn from, lower better, says by that whether it performs better than before: where the
+        loss has fallen, a trial may spare itself to measure that (`search.trial.is_most_likely_better`).
 
         Raises:
             UserError: no such method.

@@ -563,9 +563,9 @@ class _SuiteSimulator(_DmControlSimulator):
             task.before_step(action, physics)
             physics.step(self._substeps)
             task.after_step(physics)
+            reward, discount = task.get_reward(physics), task.get_termination(physics)
         except self._diverged as error:
             raise _DivergedError from error
-        reward, discount = task.get_reward(physics), task.get_termination(physics)
         over = discount is not None
         return reward or 0.0, over and not discount > 0, over and discount > 0
 

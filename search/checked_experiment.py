@@ -395,6 +395,7 @@ FREE_KEYS = (
     "search.sampler",
     "search.grid",
     "search.seed",
+    "search.ratios_first",
     "search.concurrency",
     "search.early_stopping",
     "search.hours",

@@ -303,7 +303,7 @@ class PruningConfig(_Section):
     """What a trial does to the base.
 
     Attributes:
-        metrics: importance metrics to mix; each one alone is an anchor trial.
+        metrics: importance metrics to mix; each one alone is an anchor trial unless coefficients are `equal`.
         coefficients: `equal` mixes all metrics alike and searches ratios alone; `shared` searches one mixture
             for all groups, `per_component` one for every component, `per_group` one for every group. A
             mapping such as `{latent: {l2: 1, fisher: 2}}` gives those of a group, a component or `coupling`
@@ -401,9 +401,11 @@ class SearchConfig(_Section):
             `{samples: [32, 256]}`: those that change how it acts and not its shapes; the agent says which.
         seed: of all proposals and trials, >= 0.
         concurrency: trials at a time, >= 1; null fills the resources. With 1, a search repeats bit for bit.
-        anchors: start with the dense model, uniform ratios and every pure metric.
+        anchors: start with the dense model, uniform ratios and, where coefficients are searched, every pure
+            metric.
         ratios_first: share of the trials, from the first, in which `gp` and `tpe` search ratios alone and mix
-            all metrics alike; then they search coefficients as well. 0.75 by `tests/benchmarks/methods.py`.
+            all metrics alike; then they search coefficients as well. Of a search that goes on with another
+            budget, the share of that.
         hours: after which no further trial begins, > 0; those that run are waited for, and the front is made
             as ever. Counts from the first trial of this start, so a resumed search has them anew. null for no
             limit.
@@ -550,6 +552,14 @@ class ExperimentConfig(_Section):
         if self.search.sampler == "gradient" and self.base.mode != "shared":
             reason = "it needs a trained base before the first trial: set base.mode to 'shared'"
             raise Fault(reason, key="search.sampler", value="'gradient'")
+        return self
+
+    @model_validator(mode="after")
+    def _grid_of_coefficients(self) -> ExperimentConfig:
+        grid = self.search.grid
+        if grid is not None and grid.coefficients is not None and self.pruning.coefficients == "equal":
+            reason = "it is for coefficients that are searched, and pruning.coefficients is 'equal'"
+            raise Fault(reason, key="search.grid.coefficients", value=str(grid.coefficients))
         return self
 
     @model_validator(mode="after")

@@ -115,8 +115,8 @@ class Mixtures:
             by_metric = cast(Mapping[str, float], weights)
             found[key] = [float(by_metric.get(metric, 0.0)) for metric in self.metrics]
             if key in self.given and found[key] != list(self.given[key].values()):
-                place = f" for {key!r}" if key else ""
-                raise UserError(f"the plan does not fit this search: it mixes otherwise{place}")
+                place = f" for {key!r}" if key else ": pruning.coefficients is 'equal' here"
+                raise UserError(f"the plan does not fit this search, it mixes otherwise{place}")
         return found
 
 

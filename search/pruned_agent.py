@@ -33,7 +33,7 @@ class PrunedAgent:
         kept: group -> indices of the dense channels that it has, ascending; as of now.
         fine_tune: as the agent's; prunes along the way where that is not done.
         repaired_by: what the present weights are from; empty where it is still to be pruned, or is whole.
-        is_whole: nothing was removed: it is the base, and there is nothing to repair.
+        is_whole: nothing was removed from a trained agent: there is nothing to repair.
     """
 
     agent: Agent

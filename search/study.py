@@ -291,10 +291,12 @@ class Study:
             params = optimiser.propose(number)
             if params is not None and self._is_new(params):
                 return self._enqueue(params), optimiser.origin
+        given = self._space.mixed_equally() if number < self._ratios_first else {}
         for attempt in range(PROPOSALS):
             last = attempt == PROPOSALS - 1
+            if 2 * attempt >= PROPOSALS:  # there may be no new ratios left
+                given = {}
             seed = int(np.random.SeedSequence([self._seed, number, attempt]).generate_state(1)[0])
-            given = self._space.mixed_equally() if number < self._ratios_first else {}
             searched = {name: of for name, of in self._distributions.items() if name not in given}
             self._optuna.sampler = RandomSampler(seed) if last else self._make_sampler(seed, searched)
             if given:

@@ -38,8 +38,8 @@ def run_trial(
     """Prune, repair, fine-tune and measure one plan.
 
     Of the reconstructed and the fine-tuned agent, the one that performs better on validation data is kept;
-    where the latter `is_surely_better`, the former is not measured. A plan that removes nothing makes the
-    base itself, which is neither reconstructed nor fine-tuned.
+    where the latter `is_most_likely_better`, the former is not measured. A plan that removes nothing at once
+    makes the base itself, which is neither reconstructed nor fine-tuned.
     Every fault of the trial ends as a failed result that names the stage, so that the worker survives it. The
     same specification, base, device and thread count give the same result, bit for bit, but for timings;
     rungs change nothing but what is said of them.
@@ -125,8 +125,8 @@ def _pipeline(
     rungs: list[tuple[int, float]] = []
     performance, reached, repaired_by = tuned, math.nan, before
     after = float(tuned.get(measure.name, math.nan))
-    unbeaten = is_surely_better(facts, base.retention(after)) if before and tuned_state else False
-    if (before and not unbeaten) or pruned.is_whole:
+    spared = bool(tuned_state) and is_most_likely_better(facts, base.retention(after))
+    if (before and not spared) or pruned.is_whole:
         agent.load_states({"model": repaired})
         performance = agent.evaluate("validation")
         reached = float(performance[measure.name])
@@ -165,11 +165,12 @@ def _pipeline(
     )
 
 
-def is_surely_better(told: Mapping[str, float], retention: float) -> bool:
-    """Whether what was fine-tuned is better than what was only reconstructed, by all that is known.
+def is_most_likely_better(told: Mapping[str, float], retention: float) -> bool:
+    """Whether what was fine-tuned is better than what was only reconstructed, without measuring that.
 
     Measuring a controller takes as long as repairing it. In 80 trials of `cartpole`, 47 agents met this, and
-    every one of them was better; without the second condition 4 were not, none of which controlled anything.
+    every one of them was better (so that 94 % or more are, with 95 % confidence); without the second
+    condition 4 were not, none of which controlled anything.
 
     Args:
         told: of the fine-tuning, by the agent: its loss has to have fallen on what was held out.

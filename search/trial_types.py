@@ -170,12 +170,12 @@ class TrialResult:
         widths: group -> channels kept.
         kept: group -> indices of the kept channels, ascending.
         rungs: (updates of fine-tuning done, performance on validation data): before it, unless what came
-            after was surely better, and after it.
+            after was most likely better, and after it.
         rung_losses: (updates of fine-tuning done, the agent's rung loss then, lower is better), of every rung
             that was reached; finite.
         updates: updates of fine-tuning that were made; those of a worker that was lost are not known, and 0.
         fine_tuning: what the agent tells of its fine-tuning, by name.
-        repaired_by: `fine_tuning`, or what came before it where that performs better on validation data or
+        repaired_by: `fine_tuning`, or what came before it where that is measured and performs better, or
             there was no fine-tuning; everything measured is of that state. Empty in a failed trial, and where
             nothing was removed.
         timings: stage -> seconds.

@@ -46,8 +46,11 @@ def _threads_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
-def one_thread(_threads_as_before: None) -> None:
+def one_thread() -> Iterator[None]:
     """For models so small that more threads only wait for one another."""
     import torch
 
+    threads = torch.get_num_threads()  # `_threads_as_before` knows none where torch was not there before
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

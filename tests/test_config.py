@@ -21,6 +21,7 @@ from search.config import (
     REPORTED,
     EarlyStoppingConfig,
     ExperimentConfig,
+    GridConfig,
     Metric,
     OptionBounds,
     ScheduleConfig,
@@ -60,6 +61,15 @@ def test_only_the_kind_of_agent_is_required() -> None:
         "shared",
         "auto",
     )
+
+
+def test_a_grid_of_coefficients_needs_some_that_are_searched() -> None:
+    overrides = ("search.sampler=grid", "pruning.coefficients=equal")
+    assert load(*overrides, "search.grid={ratios: 4}").search.grid == GridConfig(ratios=4)
+    with pytest.raises(
+        UserError, match=r"search\.grid\.coefficients is 2: it is for coefficients that are sear"
+    ):
+        load(*overrides, "search.grid={coefficients: 2}")
 
 
 def test_importance_is_tracked_as_usual_unless_something_else_is_said() -> None:

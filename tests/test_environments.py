@@ -91,6 +91,15 @@ def test_episodes_of_dm_control_are_those_of_gymnasium(task):
     assert played[0][0].shape == ours.spec.observation_shape == (len(ours.spec.observation_names),)
 
 
+@pytest.mark.parametrize("task", ["walker-walk", "cheetah-run", "humanoid-stand", "reach_site_features"])
+def test_other_bodies_and_what_is_not_of_the_suite_begin_as_those_of_gymnasium(task):
+    ours = make_environment(task, action_repeat=3)
+    actions = actions_of(0, 6, ours.spec.action_size)
+    options = {} if "_" in task else {"task_kwargs": {"random": 0}}
+    theirs = gymnasium.make(f"dm_control/{task}-v0", disable_env_checker=True, **options)
+    assert_same(play(ours, 7, actions), by_hand(theirs, 7, actions, 3, None))
+
+
 @pytest.mark.parametrize(
     ("task", "limit"),
     [("Pendulum-v1", 200), ("toy_environments:Point-v0", 20), ("toy_environments:Falls-v0", 20)],

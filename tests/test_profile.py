@@ -101,6 +101,7 @@ def test_a_profile_measures_stages_and_adds_them_up_and_writes_nothing(capsys) -
     for size in SIZES:
         assert list(measured[size]) == ["score", "mix", "slice", "reconstruct", "fine_tune", "evaluate"]
         assert all(seconds >= 0 for seconds in measured[size].values())
+        assert measured[size]["fine_tune"] > 0
     first = prediction["costs"][0]
     mean = sum(measured["mean"].values())
     assert first["trials"] >= 10 * mean / first["setting"]["at_once"] - 1e-9

@@ -231,7 +231,7 @@ def test_where_all_metrics_count_alike_only_ratios_are_searched() -> None:
     assert len(plans) == 5  # no metric alone
     for plan in plans:
         assert plan.coefficients == dict.fromkeys(METRICS, 1 / 3)
-    with pytest.raises(UserError, match=r"does not fit this search: it mixes otherwise$"):
+    with pytest.raises(UserError, match=r"otherwise: pruning\.coefficients is 'equal' here$"):
         space.params_of(replace(plans[1], coefficients={"l2": 0.5, "fisher": 0.5}))
 
 

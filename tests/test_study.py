@@ -584,6 +584,17 @@ def test_ratios_come_first_with_all_metrics_alike(sampler: str) -> None:
     assert len(set(later)) > 1
 
 
+def test_where_no_new_ratios_are_left_mixtures_are_searched_sooner() -> None:
+    groups = tuple(Group(name, ENCODER, 3, ()) for name in ("a", "b"))
+    space = SearchSpace.build(groups, metrics=METRICS, max_ratio=0.7, trials=30)
+    study, decided = make("tpe", space=space, anchors=False, ratios_first=30), []
+    for number in range(30):
+        proposal = study.ask(number)
+        decided.append(space.decision(proposal.plan))
+        study.tell(finish_any(number, proposal))
+    assert len(set(decided)) == 30 > 9
+
+
 @pytest.mark.parametrize("sampler", ["random", "nsga2", "qmc"])
 def test_what_learns_otherwise_or_not_at_all_mixes_from_the_beginning(sampler: str) -> None:
     assert run(make(sampler), 20) == run(make(sampler, ratios_first=20), 20)

@@ -282,7 +282,8 @@ class TDMPC:
 
         Returns:
             `on_policy_episodes` and `environment_steps` that it took, and the `held_out_loss` of the
-            distillation before (`_before`) and after; lower is better.
+            distillation; lower is better. Of `distill` alone also what that was before (`_before`): what
+            TD-learning does to the agent, this loss does not tell.
 
         Raises:
             UserError: no such method, or nothing to learn from.
@@ -299,7 +300,7 @@ class TDMPC:
         tracker = tracker or UNTRACKED
         distillation = self._distillation(updates, seed) if method != "td" else None
         self._learning = self._learner() if method != "distill" else None
-        if distillation is not None:
+        if distillation is not None and self._learning is None:
             facts["held_out_loss_before"] = distillation.held_out_loss()
         generator = torch.Generator(self.device).manual_seed(seed)
         self._distilling, note = distillation, ""

@@ -11,6 +11,8 @@ size), as a share of what there is to be had.
 - `autoencoder`: that experiment on validation data, as a share of 1; one base for each seed. Only here is
   there a model for `gradient`.
 
+All search ratios and coefficients together, from the first trial (`search.ratios_first: 0`).
+
 A search of fewer trials is the beginning of a longer one, but for `nsga2`, `grid` and `gradient`, whose
 population or plan goes by the budget: the others are run once, with the largest. `seconds` are those that the
 proposals of it took, the sweep of `gradient` included.
@@ -182,7 +184,8 @@ def _autoencoder_search(seed: int) -> Callable[[str, int, int], tuple[Points, fl
     from search.trial import run_trial
 
     def experiment(*overrides: str) -> CheckedExperiment:
-        config = load_experiment("autoencoder", [f"base.seed={seed}", f"search.seed={seed}", *overrides])
+        settled = [f"base.seed={seed}", f"search.seed={seed}", "search.ratios_first=0"]
+        config = load_experiment("autoencoder", [*settled, *overrides])
         return check(config, Path("nowhere"), may_exist=True)
 
     base = experiment().train_base()
