@@ -453,15 +453,12 @@ def test_fine_tuning_tells_what_it_took(method):
     if method == "td":
         assert facts == {}
     else:
-        assert set(facts) == {
-            "held_out_loss_before",
-            "held_out_loss",
-            "on_policy_episodes",
-            "environment_steps",
-        }
-        assert facts["on_policy_episodes"] == 1
-        assert facts["environment_steps"] == POINT_STEPS
-        assert facts["held_out_loss"] != facts["held_out_loss_before"]
+        assert facts.pop("on_policy_episodes") == 1
+        assert facts.pop("environment_steps") == POINT_STEPS
+        after = facts.pop("held_out_loss")
+        if method == "distill":  # beside TD-learning, it would not tell whether the agent got better
+            assert facts.pop("held_out_loss_before") != after
+        assert facts == {}
     assert not pupil.model.training
     assert all(p.grad is None for p in pupil.model.parameters())
 
