@@ -84,7 +84,7 @@ class CheckedExperiment:
             trials=search.trials,
             anchors=search.anchors,
             optimiser=optimiser or _grid(self.config, self.space),
-            ratios_first=round(search.ratios_first * search.trials),
+            ratios_first=search.ratios_first,
         )
 
     @property

@@ -403,9 +403,8 @@ class SearchConfig(_Section):
         concurrency: trials at a time, >= 1; null fills the resources. With 1, a search repeats bit for bit.
         anchors: start with the dense model, uniform ratios and, where coefficients are searched, every pure
             metric.
-        ratios_first: share of the trials, from the first, in which `gp` and `tpe` search ratios alone and mix
-            all metrics alike; then they search coefficients as well. Of a search that goes on with another
-            budget, the share of that.
+        ratios_first: so many trials, from the first, `gp` and `tpe` search ratios alone and mix all metrics
+            alike; then they search coefficients as well.
         hours: after which no further trial begins, > 0; those that run are waited for, and the front is made
             as ever. Counts from the first trial of this start, so a resumed search has them anew. null for no
             limit.
@@ -428,7 +427,7 @@ class SearchConfig(_Section):
     seed: int = Field(0, ge=0)
     concurrency: int | None = Field(None, ge=1)
     anchors: bool = True
-    ratios_first: float = Field(0.75, ge=0, le=1)
+    ratios_first: int = Field(48, ge=0)
     hours: float | None = Field(None, gt=0)
     trial_timeout: float | None = Field(None, gt=0)
     retries: int = Field(2, ge=0)

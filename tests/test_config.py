@@ -107,7 +107,7 @@ search:
   seed: 4
   concurrency: 2
   anchors: false
-  ratios_first: 0.5
+  ratios_first: 9
   hours: 1.5
   trial_timeout: 600
   retries: 0
