@@ -225,7 +225,12 @@ def test_constraints_that_nothing_meets_leave_an_empty_front(capsys):
 
 @pytest.mark.usefixtures("serial")
 def test_coefficients_of_every_group_reach_all_that_a_search_leaves(capsys):
-    overrides = ["pruning.coefficients=per_group", "pruning.coefficients_force=true", "wandb.mode=offline"]
+    overrides = [
+        "pruning.coefficients=per_group",
+        "pruning.coefficients_force=true",
+        "search.ratios_first=0",
+        "wandb.mode=offline",
+    ]
     settings = [part for override in overrides for part in ("--set", override)]
     assert main(["search", "toy.yaml", "--trials", "16", *settings]) == 0
     trials = {trial["trial"]: trial for trial in records(TOY)}
