@@ -326,7 +326,9 @@ def test_hopeless_trials_are_stopped_early_on_ray(capsys):
         assert trial["objectives"] == {}
         assert trial["parameters"] < 300
         assert trial["host"]
-    assert all(trial["updates"] == 10 and len(trial["rung_losses"]) == 3 for trial in complete)
+    for trial in complete:
+        whole = trial["origin"] == "anchor: dense"  # the base itself: nothing to fine-tune
+        assert (trial["updates"], len(trial["rung_losses"])) == ((0, 0) if whole else (10, 3))
     assert f"trials 40/40, {len(stopped)} stopped early, front " in output
     assert f"{len(stopped)} of 40 trials were stopped early: " in output
     assert "failed" not in output
