@@ -269,10 +269,7 @@ class SearchSpace:
 
     def mixed_equally(self) -> Params:
         """The coordinates of all searched mixtures where every metric counts alike."""
-        params: Params = {}
-        for key in self.mixtures.searched:
-            params |= self.coordinates(key, [1.0] * len(self.metrics))
-        return params
+        return self._mixed(dict.fromkeys(self.metrics, 1.0))
 
     def own_options(self) -> Params:
         """What options are at where nobody chooses them: as the agent has them, within the bounds."""
@@ -289,10 +286,15 @@ class SearchSpace:
 
     def _uniform(self, ratio: float, weights: Mapping[str, float]) -> Params:
         """All groups alike, one mixture everywhere, the agent's own options."""
-        params = dict.fromkeys(self.keeps.values(), 1.0 - ratio)
+        shares = dict.fromkeys(self.keeps.values(), 1.0 - ratio)
+        return {**shares, **self._mixed(weights), **self.own_options()}
+
+    def _mixed(self, weights: Mapping[str, float]) -> Params:
+        """The coordinates of all searched mixtures, each with these weights."""
+        params: Params = {}
         for key in self.mixtures.searched:
             params |= self.coordinates(key, [weights[metric] for metric in self.metrics])
-        return {**params, **self.own_options()}
+        return params
 
 
 def _coordinates(weights: Sequence[float]) -> list[float]:

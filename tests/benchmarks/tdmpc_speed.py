@@ -64,7 +64,7 @@ Measured = dict[str, float]
 
 
 def small_options() -> dict[str, Any]:
-    """Of the shipped experiment, with the paper's batches and twice its planning samples."""
+    """Of the shipped experiment, with the paper's batches and half its planning samples."""
     text = Path(next(iter(search.__path__)), "experiments", "cartpole.yaml").read_text(encoding="utf-8")
     options = {key: value for key, value in yaml.safe_load(text)["agent"].items() if key != "kind"}
     return {**options, "batch_size": 512, "samples": 256}
