@@ -192,7 +192,8 @@ class WandbLogger:
         try:
             if not self._lost:
                 self._waiting.put(None, timeout=timeout)
-                self._process.wait(end - time.monotonic())
+                if self._process.wait(end - time.monotonic()) != 0:
+                    self._lose_process()
         except (queue.Full, subprocess.TimeoutExpired):
             self._warn_once(
                 f"W&B logging had not finished after {timeout:g} s and was ended; trials.jsonl has "
@@ -242,7 +243,10 @@ class WandbLogger:
 
     def _ended(self) -> None:
         if not self._closed:
-            self._lose(f"W&B logging has ended early (see {self.directory / 'logger.log'})")
+            self._lose_process()
+
+    def _lose_process(self) -> None:
+        self._lose(f"W&B logging has ended early (see {self.directory / 'logger.log'})")
 
     def _lose(self, sentence: str) -> None:
         self._lost = True

@@ -44,6 +44,7 @@ class _Runs:
     def __init__(self, report: Callable[[dict[str, str]], None]) -> None:
         self._report = report
         self._search: Any = None
+        self._mode: Mode = "auto"  # until the start
         # Trials that are on the front, with their runs: open, or None where they end at once, online.
         self._on_front: dict[int, Any] = {}
         self._tried: list[Tried] = []
@@ -433,6 +434,18 @@ def _read(messages: queue.Queue[dict[str, Any] | None]) -> None:
     messages.put(None)
 
 
+def _handle_all(runs: _Runs, messages: queue.Queue[dict[str, Any] | None]) -> None:
+    """Handle messages until the end, offline once too many wait: any number may before the first."""
+    ended = False
+    while (message := messages.get()) is not None:
+        left = messages.qsize()
+        ended = ended or (left > 0 and messages.queue[-1] is None)
+        if left > (_BEHIND_AT_THE_END if ended else _BEHIND):
+            runs.fall_back(TimeoutError("its server is slower than the search"))
+        runs.handle(message)
+    runs.handle({"kind": "close"})
+
+
 def _serve() -> None:
     """The logging process: messages from standard input, reports to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -453,14 +466,7 @@ def _serve() -> None:
     runs = _Runs(report)
     messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
     threading.Thread(target=_read, args=(messages,), daemon=True).start()
-    ended = False
-    while (message := messages.get()) is not None:
-        left = messages.qsize()
-        ended = ended or (left > 0 and messages.queue[-1] is None)
-        if left > (_BEHIND_AT_THE_END if ended else _BEHIND):
-            runs.fall_back(TimeoutError("its server is slower than the search"))
-        runs.handle(message)
-    runs.handle({"kind": "close"})
+    _handle_all(runs, messages)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from serial_search import EXPERIMENT
 
 from components.errors import UserError
-from search import wandb_logger
+from search import wandb_logger, wandb_runs
 from search.cli import main
 from search.wandb_logger import WandbLogger
 from search.wandb_records import flat, front_table, importance_table, trial_run
@@ -524,6 +525,31 @@ def test_a_process_that_is_killed_costs_one_sentence(tmp_path: Path) -> None:
     assert warnings == [f"W&B logging has ended early (see {log}); the search goes on without it"]
 
 
+def test_a_process_that_fails_at_the_very_end_costs_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_process(monkeypatch, "import sys; sys.stdin.read(); sys.exit(1)")
+    warnings: list[str] = []
+    with WandbLogger(tmp_path, experiment="digits", mode="offline", warn=warnings.append) as logger:
+        logger.log_trial(record(0))
+    log = tmp_path / "wandb" / "logger.log"
+    assert warnings == [f"W&B logging has ended early (see {log}); the search goes on without it"]
+
+
+def test_a_search_may_be_over_before_its_process_has_begun(tmp_path: Path) -> None:
+    messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    place = {"experiment": "digits", "project": "prunefront", "entity": None, "config": {}}
+    (tmp_path / "wandb").mkdir()
+    messages.put({"kind": "start", "directory": str(tmp_path), "mode": "disabled", **place})
+    for number in range(wandb_runs._BEHIND + 1):
+        messages.put({"kind": "search", "row": {"finished": number}})
+    messages.put(None)
+    reports: list[dict[str, str]] = []
+    wandb_runs._handle_all(wandb_runs._Runs(reports.append), messages)
+    assert [report["mode"] for report in reports] == ["disabled"]
+    assert messages.empty()
+
+
 def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pids = hang(monkeypatch)
     warnings: list[str] = []
@@ -543,21 +569,26 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monke
 
 def hang(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the logging process read nothing and ignore polite requests to end; returns its id."""
-    start = subprocess.Popen
-    pids: list[int] = []
     script = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print('{"mode": "online"}', flush=True)
 time.sleep(3600)
 """
+    return replace_process(monkeypatch, script)
 
-    def start_hanging(command: list[str], **options: Any) -> Any:
+
+def replace_process(monkeypatch: pytest.MonkeyPatch, script: str) -> list[int]:
+    """Let the logging process be another; returns the ids of those that are started."""
+    start = subprocess.Popen
+    pids: list[int] = []
+
+    def start_other(command: list[str], **options: Any) -> Any:
         process = start([sys.executable, "-c", script], **options)
         pids.append(process.pid)
         return process
 
-    monkeypatch.setattr(wandb_logger.subprocess, "Popen", start_hanging)
+    monkeypatch.setattr(wandb_logger.subprocess, "Popen", start_other)
     return pids
 
 
