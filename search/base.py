@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 import components
-from agents.agent import Agent, agent_class, calibration_program
+from agents.agent import Agent, Progress, Split, agent_class, calibration_program
 from components import DependencyGraph, UserError, importance
 from components.calibration import record
 from components.size import parameter_count
@@ -22,10 +22,7 @@ from components.tracker import USUAL, ImportanceTracker, Tracking
 from search.arrays import Arrays, to_arrays
 from search.determinism import deterministic
 from search.gpu_memory import peak_share
-from search.measurement import Split, decision_macs
-
-Progress = Callable[[int, int, str], None]
-"""Called along training with (steps done, steps in total, a few words)."""
+from search.measurement import decision_macs
 
 SPLITS: tuple[Split, ...] = ("validation", "test")
 

@@ -12,6 +12,7 @@ import torch
 from agents.agent import (
     Agent,
     Objective,
+    Progress,
     Shrinkable,
     agent_class,
     measurements,
@@ -24,7 +25,7 @@ from components import Group, UserError
 from components.choosing import Ranking, comparable_groups
 from components.errors import nearest
 from components.schedule import PruningSchedule
-from search.base import TRACE_ROWS, Base, Progress, trace_agent, train_base, untrained_base
+from search.base import TRACE_ROWS, Base, trace_agent, train_base, untrained_base
 from search.base_files import load_base
 from search.config import PLANNED, ExperimentConfig, changes, parse_experiment, resolve_objectives
 from search.config_errors import shown

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from agents.agent import Progress
 from components import UserError
-from search.base import Base, Progress
+from search.base import Base
 from search.base_files import load_base, save_base
 from search.checked_experiment import CheckedExperiment
 from search.cluster import run_search
@@ -145,8 +146,12 @@ class ReadySearch:
             self.run.append_proposal(number, proposal)
         return self.checked.specify(number, proposal)
 
-    def finish(self, outcome: SearchOutcome) -> Front:
+    def finish(self, outcome: SearchOutcome, progress: Progress = lambda done, total, note: None) -> Front:
         """The final front; its trials are measured on test data unless the search was interrupted.
+
+        Args:
+            outcome: how the search ended.
+            progress: is told how many have been measured.
 
         Raises:
             UserError: not one trial was completed; the sentence says why the first failed.
@@ -161,7 +166,7 @@ class ReadySearch:
                 f"none of the {len(self.keeper.results)} trials was completed, so there is no front: "
                 f"trial {first.number} failed in {first.reason}"
             )
-        return self.keeper.finish(measure_again=not outcome.interrupted)
+        return self.keeper.finish(not outcome.interrupted, progress)
 
 
 def make_ready(checked: CheckedExperiment, progress: Progress) -> ReadySearch:

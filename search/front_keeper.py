@@ -5,15 +5,15 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 
-from agents.agent import Objective
+from agents.agent import Objective, Progress
 from components import UserError
 from search.base import retention
-from search.bundle import add_test_measurements, load_bundle, save_bundle
+from search.bundle import add_test_measurements, save_bundle
 from search.constraints import Constraint
-from search.determinism import deterministic
 from search.front import Front, Remeasured, build_front, front_results
-from search.measurement import LATENCIES, decision_latency, performance_of
+from search.measurement import LATENCIES
 from search.prepared_base import PreparedBase
+from search.remeasurement import Candidate, latencies, performances_on_test
 from search.run_directory import RunDirectory
 from search.trial_types import TrialResult
 
@@ -97,34 +97,40 @@ class FrontKeeper:
             self._constraints,
         )
 
-    def finish(self, measure_again: bool) -> Front:
+    def finish(self, measure_again: bool, progress: Progress = lambda done, total, note: None) -> Front:
         """Write the final front, if a trial was completed.
 
         Args:
             measure_again: measure the front's bundles on test data, and latencies one by one on this machine.
+            progress: is told how many have been measured.
         """
-        remeasured: dict[int, Remeasured] = {}
-        for member in self.members if measure_again else ():
-            remeasured[member.number] = self._measure_again(member)
-            add_test_measurements(
-                self._run.bundle(member.number), self._dense.agent.performance.name, remeasured[member.number]
-            )
+        remeasured = self._measure_again(progress) if measure_again and self.members else {}
+        for number, again in remeasured.items():
+            add_test_measurements(self._run.bundle(number), self._dense.agent.performance.name, again)
         front = self.front(remeasured)
         if any(result.complete for result in self.results):
             self._run.write_front(front.to_json())
         return front
 
-    def _measure_again(self, member: TrialResult) -> Remeasured:
-        bundle = load_bundle(self._run.bundle(member.number), data=self._dense.agent.data())
-        with deterministic(member.seed, self._threads):
-            performance = performance_of(bundle.agent, "test")
-            named = {objective.name for objective in self._objectives}
-            wanted = LATENCIES & (named | {constraint.name for constraint in self._constraints})
-            latencies = decision_latency(bundle.agent) if wanted else {}
+    def _measure_again(self, progress: Progress) -> dict[int, Remeasured]:
+        slowest_first = sorted(self.members, key=lambda member: member.macs or 0, reverse=True)
+        candidates = {
+            member.number: Candidate(
+                member.number, str(self._run.bundle(member.number)), member.seed, self._threads
+            )
+            for member in slowest_first
+        }
+        data = self._dense.agent.data()
+        performances = performances_on_test([*candidates.values()], data, progress)
+        named = {objective.name for objective in self._objectives}
+        timed = LATENCIES & (named | {constraint.name for constraint in self._constraints})
         trivial = self._dense.base.trivial["test"]
-        return Remeasured(
-            performance=performance,
-            retention=retention(performance, member.base_performance["test"], trivial),
-            latencies=latencies,
-            host=platform.node(),
-        )
+        return {
+            member.number: Remeasured(
+                performance=performances[member.number],
+                retention=retention(performances[member.number], member.base_performance["test"], trivial),
+                latencies=latencies(candidates[member.number], data) if timed else {},
+                host=platform.node(),
+            )
+            for member in self.members
+        }

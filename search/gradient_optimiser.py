@@ -19,14 +19,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from agents.agent import Agent, task_loss
+from agents.agent import Agent, Progress, task_loss
 from components.choosing import choose
 from components.errors import UserError
 from components.mixing import normalise
 from components.plan import PruningPlan, mixture_of
 from components.pruning import prune
 from components.soft_masks import SoftModel, soft_mask
-from search.base import Progress
 from search.gradient_sweep import SweepPoint
 from search.prepared_base import PreparedBase
 from search.space import Params, SearchSpace

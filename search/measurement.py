@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from agents.agent import Agent
+from agents.agent import Agent, Split
 from components.size import latency, macs
-
-Split = Literal["validation", "test"]
 
 LATENCIES = frozenset({"latency_median_ms", "latency_p99_ms"})
 """Objectives whose value depends on the machine and on what else it does."""

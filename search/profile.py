@@ -21,6 +21,7 @@ from search.cost import MeasuredTrials, SearchCost, predict, settings_of
 from search.determinism import deterministic
 from search.feasibility import PossibleModel, require_reachable
 from search.measurement import performance_of
+from search.node_checks import usable_cores
 from search.outline import Outline
 from search.prepared_base import prepare
 from search.rehearsal import TrainingTime, rehearse
@@ -292,11 +293,6 @@ def planning_seconds(checked: CheckedExperiment, base: Base) -> float:
 def is_busy() -> bool:
     """Whether this machine does other work besides measuring."""
     return os.getloadavg()[0] > BUSY_LOAD
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _rehearsed(checked: CheckedExperiment, settings: TrialSettings, say: Say) -> tuple[Base, TrainingTime]:

@@ -93,8 +93,6 @@ class _Display:
 
     def __enter__(self) -> Self:
         self._started = self._printed_at = self._clock()
-        if self._live:
-            self._live.start()
         return self
 
     def __exit__(
@@ -107,6 +105,8 @@ class _Display:
 
     def _show(self, done: int, total: int, lines: list[str]) -> None:
         self._done, self._total, self._lines = done, max(total, 1), lines
+        if self._live:
+            self._live.start()  # once: what may have nothing to do draws nothing before it has
         if not self._live and self._clock() - self._printed_at >= _LINE_EVERY:
             self._print()
 
@@ -141,6 +141,12 @@ class SearchProgress(_Display):
         self._total_trials = total
         self._first: tuple[float, int] | None = None  # when the first trials had finished, and how many
         self.status = SearchStatus(finished=0, total=total)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        if self._live:
+            self._live.start()  # a bar at nothing, while the workers start
+        return self
 
     def update(
         self,

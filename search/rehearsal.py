@@ -10,9 +10,9 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 
-from agents.agent import Agent, agent_class, rehearsal
+from agents.agent import Agent, Progress, agent_class, rehearsal
 from components.tracker import USUAL, ImportanceTracker, Tracking
-from search.base import TRACE_ROWS, Base, Progress, scored_base, trace_agent
+from search.base import TRACE_ROWS, Base, scored_base, trace_agent
 from search.determinism import deterministic
 
 REHEARSAL_SECONDS = 4.0

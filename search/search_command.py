@@ -110,7 +110,8 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
     ) as logger:
         with SearchProgress(config.search.trials, console) as display:
             outcome = ready.search([Watcher(ready, display, logger)], address)
-        front = ready.finish(outcome)
+        with TrainingProgress("test", console) as progress:
+            front = ready.finish(outcome, progress)
         results = ready.keeper.results
         complete = sum(result.complete for result in results)
         counts = {

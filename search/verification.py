@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from agents.agent import Split
 from components import UserError
 from components.size import parameter_count
 from search.base import retention
@@ -16,7 +17,7 @@ from search.bundle import LoadedBundle, act, load_bundle
 from search.determinism import deterministic
 from search.durable_files import CorruptFileError, one_line
 from search.environment import differences, environment
-from search.measurement import Split, decision_latency, decision_macs, performance_of
+from search.measurement import decision_latency, decision_macs, performance_of
 
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to the largest output, that another machine may make."""

@@ -1,0 +1,136 @@
+"""The front's test, by one process or several: the same numbers, whatever becomes of those that help."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from serial_search import search_serially
+
+from search import remeasurement
+from search.remeasurement import Candidate, performance_on_test, performances_on_test
+
+
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory: pytest.TempPathFactory) -> list[Candidate]:
+    ready, front = search_serially(tmp_path_factory.mktemp("runs") / "toy")
+    found = [
+        Candidate(trial.trial, str(ready.run.path / trial.bundle), seed=trial.trial, threads=1)
+        for trial in front.trials
+    ]
+    assert len(found) >= 3
+    return found
+
+
+def nothing(done: int, total: int, note: str) -> None:
+    pass
+
+
+def measure_slowly(monkeypatch: pytest.MonkeyPatch, wait: Callable[[], object]) -> list[int]:
+    """Let two processes measure, this one waiting before all but the first; returns what is measured here."""
+    measured: list[int] = []
+
+    def slowly(candidate: Candidate, data: object) -> float:
+        measured.append(candidate.trial)
+        if len(measured) > 1:
+            wait()
+        return performance_on_test(candidate, None)
+
+    monkeypatch.setattr(remeasurement, "performance_on_test", slowly)
+    monkeypatch.setattr(remeasurement, "WORTH_SECONDS", -1.0)
+    monkeypatch.setattr(remeasurement, "usable_cores", lambda: 2)
+    return measured
+
+
+@pytest.mark.slow
+def test_a_helper_finds_the_same_bits(candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    all_but_one = threading.Event()
+
+    def progress(done: int, total: int, note: str) -> None:
+        told.append((done, total))
+        if done == total - 1:
+            all_but_one.set()
+
+    here = measure_slowly(monkeypatch, lambda: all_but_one.wait(60))
+    found = performances_on_test(candidates, None, progress)
+    assert found == {candidate.trial: performance_on_test(candidate, None) for candidate in candidates}
+    assert len(here) == 2  # the helper did the rest
+    assert told == [(done, len(candidates)) for done in range(len(candidates) + 1)]
+
+
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """Let helpers be a shell script that notes its process id in the file that is returned."""
+    pids, program = tmp_path / "pids", tmp_path / "helper"
+    program.write_text(f"#!/bin/sh\necho $$ >> {pids}\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    return pids
+
+
+def begun(pids: Path) -> None:
+    """Wait until helpers have begun, and a moment longer."""
+    deadline = time.monotonic() + 60
+    while not pids.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    "script", ["exit 1", "read line; echo nonsense", "read line; echo null", "exec sleep 600"]
+)
+def test_what_helpers_cannot_do_is_done_here(
+    script: str,
+    candidates: list[Candidate],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pids = stand_in(tmp_path, monkeypatch, script)
+    here = measure_slowly(monkeypatch, lambda: begun(pids))
+    monkeypatch.setattr(remeasurement, "PATIENCE_SECONDS", 0.1)
+    found = performances_on_test(candidates, None, nothing)
+    assert found == {candidate.trial: performance_on_test(candidate, None) for candidate in candidates}
+    assert sorted(here) == sorted(candidate.trial for candidate in candidates)
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def test_without_a_program_everything_is_done_here(
+    candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = measure_slowly(monkeypatch, lambda: None)
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    assert len(performances_on_test(candidates, None, nothing)) == len(candidates) == len(here)
+
+
+def test_an_interruption_ends_the_helpers(
+    candidates: list[Candidate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = stand_in(tmp_path, monkeypatch, "exec sleep 600")
+    measure_slowly(monkeypatch, lambda: begun(pids))
+
+    def interrupt(done: int, total: int, note: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        performances_on_test(candidates, None, interrupt)
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "expected"), [(1, 1, 1), (2, 1, 2), (2, 4, 1), (8, 2, 4), (64, 1, 8)]
+)
+def test_processes_share_the_cores(
+    cores: int, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remeasurement, "usable_cores", lambda: cores)
+    assert remeasurement.processes(threads) == expected
