@@ -168,7 +168,7 @@ def _tune(trainable: Any, driver: Driver, count_slots: Callable[[], int], scratc
             name="search",
             num_samples=-1,  # the searcher says when there are no more: some trials run again
             search_alg=_Searcher(driver),
-            scheduler=_Scheduler(driver) if driver.ranks else None,
+            scheduler=_Scheduler(driver),
             callbacks=[_Callback(driver, count_slots)],
             storage_path=scratch,
             reuse_actors=True,
@@ -212,13 +212,26 @@ class _Searcher(Searcher):
 
 
 class _Scheduler(FIFOScheduler):
-    """Tune's question whether a trial goes on, at every rung; of one that is over it does not ask."""
+    """Tune's questions: which trial comes next, and, at every rung, whether one goes on."""
 
     _supports_buffered_results = False  # a trial stands still until its report is answered
 
     def __init__(self, driver: Driver) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._driver = driver
+        self._open: list[Trial] = []
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self._open.append(trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The first that waits. Tune's own looks through all trials there have been, twice for each."""
+        self._open = [trial for trial in self._open if trial.status not in (Trial.TERMINATED, Trial.ERROR)]
+        for status in (Trial.PENDING, Trial.PAUSED):
+            for trial in self._open:
+                if trial.status == status:
+                    return trial
+        return None
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         goes_on = self._driver.goes_on(result["outcome"].content)

@@ -135,11 +135,6 @@ class Driver:
         return spec
 
     @property
-    def ranks(self) -> bool:
-        """Whether trials may be stopped early."""
-        return self._early_stopping is not None
-
-    @property
     def finished(self) -> int:
         """Trials that are over, however they ended."""
         return self.complete + self.stopped_early + self.failed

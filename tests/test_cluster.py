@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from greenlet import GreenletExit
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
 
 from components.errors import UserError
 from components.plan import PruningPlan
@@ -343,6 +347,33 @@ def test_trials_are_stopped_at_rungs_and_their_workers_go_on(caplog: pytest.LogC
     workers = {result.performance["worker"] for result in journal.results if not result.failed}
     assert len(workers) == 1, "a stopped trial costs no worker"
     assert journal.results[7].performance["left"] == 3, "each was unwound before the next began"
+
+
+def test_the_trial_that_comes_next_is_tunes_own_choice() -> None:
+    class All:
+        def __init__(self) -> None:
+            self.trials: list[Any] = []
+
+        def get_trials(self) -> list[Any]:
+            return self.trials
+
+    draw = random.Random(0)
+    everything, ours, tunes = All(), cluster._Scheduler(cast("driver.Driver", None)), FIFOScheduler()
+    chosen = 0
+    for _ in range(400):
+        if draw.random() < 0.3:
+            trial = SimpleNamespace(status=Trial.PENDING)
+            everything.trials.append(trial)
+            ours.on_trial_add(everything, cast("Trial", trial))
+        for trial in everything.trials:
+            if trial.status not in (Trial.TERMINATED, Trial.ERROR) and draw.random() < 0.2:
+                trial.status = draw.choice(
+                    [Trial.PENDING, Trial.RUNNING, Trial.RUNNING, Trial.PAUSED, Trial.TERMINATED, Trial.ERROR]
+                )
+        expected = tunes.choose_trial_to_run(everything)
+        assert ours.choose_trial_to_run(everything) is expected
+        chosen += expected is not None
+    assert 50 < chosen < 400
 
 
 def test_no_rungs_are_reported_without_early_stopping() -> None:
