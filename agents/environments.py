@@ -698,8 +698,10 @@ def _registered(task: str, pixels: bool) -> Any:
     try:
         return gymnasium.spec(name_in_module)
     except gymnasium.error.Error as error:
-        ids_of_gymnasium = [known for known in gymnasium.registry if not known.startswith("dm_control/")]
-        raise UserError(f"unknown task {task!r}: {nearest(name_in_module, ids_of_gymnasium)}") from error
+        known = [name for name in gymnasium.registry if not name.startswith("dm_control/")]
+        beginning = task.removesuffix(name_in_module)
+        wish = nearest(name_in_module, known)
+        raise UserError(f"unknown task {task!r}: after {beginning!r}, {wish}") from error
 
 
 def _make(task: str, pixels: bool, side: int) -> tuple[Any, int | None]:
@@ -757,10 +759,13 @@ def _trial_render(task: str, simulator: _Simulator) -> None:
 
 
 def _no_renderer(task: str, error: Exception) -> UserError:
+    reason = _reason(error)
+    if task.startswith(GYMNASIUM) and not re.search("mujoco|gl|mesa", reason, re.IGNORECASE):
+        return UserError(f"{task} cannot be rendered ({reason})")  # by a renderer of its own
     value = os.environ.get("MUJOCO_GL")
     now = "it is not set" if value is None else f"it is {value!r}"
     return UserError(
-        f"{task} cannot be rendered ({_reason(error)}): set MUJOCO_GL to egl or osmesa ({now}) before Python "
+        f"{task} cannot be rendered ({reason}): set MUJOCO_GL to egl or osmesa ({now}) before Python "
         "starts and install the library it needs (libegl1 or libosmesa6 on Debian and Ubuntu)"
     )
 

@@ -85,8 +85,18 @@ class CheckedExperiment:
             trials=search.trials,
             anchors=search.anchors,
             optimiser=optimiser or _grid(self.config, self.space),
-            ratios_first=search.ratios_first,
+            ratios_first=self.ratios_first,
         )
+
+    @property
+    def ratios_first(self) -> int:
+        """How many trials mix all metrics alike before coefficients are searched as well; anchors do not."""
+        search, coefficients = self.config.search, self.config.pruning.coefficients
+        if search.chosen_sampler not in LEARNING_SAMPLERS or not self.space.mixtures.searched:
+            return 0
+        if search.ratios_first is not None:
+            return search.ratios_first
+        return 0 if coefficients in ("per_component", "per_group") else RATIOS_FIRST
 
     @property
     def anchors(self) -> int:
@@ -390,6 +400,9 @@ def _earlier_trials(
         raise UserError(f"search.warm_start is {wish!r}: no trial of it was completed")
     return results
 
+
+RATIOS_FIRST = 32
+"""`search.ratios_first` where it is left open and groups do not mix separately: see docs/methods.md."""
 
 FREE_KEYS = (
     "search.trials",

@@ -181,20 +181,27 @@ class ImportanceConfig(_Section):
     """How closely importance is followed while the base trains. A step is an update of the agent.
 
     Attributes:
-        every: track every so-many-th step, >= 1; tracking all of them costs TD-MPC some percent of its
-            training, and an autoencoder a quarter.
+        every: track every so-many-th step, >= 1; tracking all of them costs TD-MPC a fifth of its training on
+            a CPU, and an autoencoder a quarter.
         decay: of the running averages, per tracked step, in [0, 1): they remember about
             `every` / (1 - `decay`) steps. What is gathered at the end is what trials prune by.
         snapshots: about how many of the scores to keep over the training, >= 1: up to twice as many, and
             fewer of a training that is shorter than 8 · `every` · `snapshots` steps.
-        interval: steps from one snapshot to the next, >= 1, from the first to the last step; null spreads
-            `snapshots` of them.
+        interval: steps from one snapshot to the next, >= `every`, from the first to the last step; null
+            spreads `snapshots` of them.
     """
 
     every: int = Field(EVERY, ge=1)
     decay: float = Field(DECAY, ge=0, lt=1)
     snapshots: int = Field(SNAPSHOTS, ge=1)
     interval: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _interval_of_tracked_steps(self) -> ImportanceConfig:
+        if self.interval is not None and self.interval < self.every:
+            reason = f"a snapshot is of a tracked step, and every {self.every}th is: make every no larger"
+            raise Fault(reason, key="interval", value=str(self.interval))
+        return self
 
     @property
     def tracking(self) -> Tracking:
@@ -260,11 +267,11 @@ class ScheduleConfig(_Section):
 
     @model_validator(mode="after")
     def _nothing_to_schedule(self) -> ScheduleConfig:
-        if self.kind == "one_shot":
-            idle = [name for name in ("start", "end", "interval") if getattr(self, name)]
-            if idle:
-                reason = "is for the kinds 'cosine' and 'cubic', and the kind is 'one_shot'"
-                raise Fault(reason, key=idle[0], value=shown(getattr(self, idle[0])))
+        fields = type(self).model_fields
+        idle = [name for name in fields if getattr(self, name) != fields[name].default]
+        if self.kind == "one_shot" and idle:
+            reason = "is for the kinds 'cosine' and 'cubic', and the kind is 'one_shot'"
+            raise Fault(reason, key=idle[0], value=shown(getattr(self, idle[0])))
         return self
 
     def over(self, steps: int, counted: str) -> PruningSchedule | None:
@@ -404,7 +411,8 @@ class SearchConfig(_Section):
         anchors: start with the dense model, uniform ratios and, where coefficients are searched, every pure
             metric.
         ratios_first: so many trials, from the first, `gp` and `tpe` search ratios alone and mix all metrics
-            alike; then they search coefficients as well.
+            alike; then they search coefficients as well. null is 32, and 0 where separate coefficients are
+            asked for: `per_component` or `per_group`.
         hours: after which no further trial begins, > 0; those that run are waited for, and the front is made
             as ever. Counts from the first trial of this start, so a resumed search has them anew. null for no
             limit.
@@ -427,7 +435,7 @@ class SearchConfig(_Section):
     seed: int = Field(0, ge=0)
     concurrency: int | None = Field(None, ge=1)
     anchors: bool = True
-    ratios_first: int = Field(48, ge=0)
+    ratios_first: int | None = Field(None, ge=0)
     hours: float | None = Field(None, gt=0)
     trial_timeout: float | None = Field(None, gt=0)
     retries: int = Field(2, ge=0)
@@ -551,14 +559,6 @@ class ExperimentConfig(_Section):
         if self.search.sampler == "gradient" and self.base.mode != "shared":
             reason = "it needs a trained base before the first trial: set base.mode to 'shared'"
             raise Fault(reason, key="search.sampler", value="'gradient'")
-        return self
-
-    @model_validator(mode="after")
-    def _grid_of_coefficients(self) -> ExperimentConfig:
-        grid = self.search.grid
-        if grid is not None and grid.coefficients is not None and self.pruning.coefficients == "equal":
-            reason = "it is for coefficients that are searched, and pruning.coefficients is 'equal'"
-            raise Fault(reason, key="search.grid.coefficients", value=str(grid.coefficients))
         return self
 
     @model_validator(mode="after")

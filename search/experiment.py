@@ -23,7 +23,7 @@ from search.durable_files import write_text
 from search.front import Front
 from search.front_keeper import FrontKeeper
 from search.gpu_memory import trial_share
-from search.gradient_sweep import GradientSweep, read_sweep, write_sweep
+from search.gradient_sweep import GradientSweep, read_sweep
 from search.optimisers import Optimiser
 from search.own_code import own_code
 from search.prepared_base import PreparedBase, prepare
@@ -82,15 +82,14 @@ class ReadySearch:
             return None
         from search.gradient_optimiser import sweep, sweep_points
 
-        first = checked.anchors
-        count = sweep_points(search.trials - first)
+        count = sweep_points(search.trials - checked.anchors)
         points = read_sweep(self.run.sweep)
         if points is None or len(points) != count or not all(checked.space.holds(p.params) for p in points):
             # One thread: the same bits however many cores there are.
             with deterministic(search.seed, threads=1):
                 points = sweep(self.dense, checked.space, count, progress)
-            write_sweep(self.run.sweep, points, first)
-        return GradientSweep(points, first)
+            GradientSweep(points, checked.space, checked.anchors).write(self.run.sweep)
+        return GradientSweep(points, checked.space, checked.anchors)
 
     def search(
         self, observers: Sequence[Callable[[TrialResult], None]] = (), address: str | None = None

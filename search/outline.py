@@ -5,15 +5,15 @@ Made from an untrained agent; nothing is trained, run or written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from agents.agent import Agent, agent_class, shared_ratios
+from agents.agent import Agent, agent_class
 from components.dependency import DependencyGraph
 from components.size import component_macs, component_sizes
 from search.base import TRACE_ROWS, trace_agent
 from search.checked_experiment import CheckedExperiment
 from search.feasibility import PossibleModel, possible_models
+from search.space import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class GroupFacts:
         least: channels that always stay.
         components: whose parameters it cuts; several where it is a coupling group.
         shares_with: groups that are pruned by the same ratio.
-        searched: False for a group of one channel.
+        searched: False for a group that always stays whole: of one channel, or no wider than `round_to`.
     """
 
     name: str
@@ -86,7 +86,7 @@ def outline(checked: CheckedExperiment) -> Outline:
         sampler=config.search.chosen_sampler,
         dimensions=len(space.dimensions),
         components=_components(config.agent.kind, agent, graph),
-        groups=_groups(agent, graph, models[0]),
+        groups=_groups(space, graph, models[0]),
         models=models,
     )
 
@@ -100,9 +100,7 @@ def _components(kind: str, agent: Agent, graph: DependencyGraph) -> tuple[Compon
     return tuple(ComponentCost(name, sizes.get(name, 0), products.get(name, 0)) for name in names)
 
 
-def _groups(agent: Agent, graph: DependencyGraph, smallest: PossibleModel) -> tuple[GroupFacts, ...]:
-    shared: Mapping[str, str] = shared_ratios(agent)
-    keys = {group.name: shared.get(group.name, group.name) for group in graph.groups}
+def _groups(space: SearchSpace, graph: DependencyGraph, smallest: PossibleModel) -> tuple[GroupFacts, ...]:
     return tuple(
         GroupFacts(
             name=group.name,
@@ -110,9 +108,11 @@ def _groups(agent: Agent, graph: DependencyGraph, smallest: PossibleModel) -> tu
             least=smallest.widths[group.name],
             components=tuple(name for name in graph.components if name in group.components),
             shares_with=tuple(
-                other for other, key in keys.items() if key == keys[group.name] and other != group.name
+                other
+                for other, keep in space.keeps.items()
+                if keep == space.keeps.get(group.name) and other != group.name
             ),
-            searched=group.size > 1,
+            searched=group.name in space.keeps,
         )
         for group in graph.groups
     )

@@ -7,6 +7,7 @@ measure per line, as a JSON object, and answers each with a line. What it cannot
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from torch import Tensor
 from agents.agent import Progress
 from search.bundle import load_bundle
 from search.determinism import deterministic
+from search.driver import describe
 from search.measurement import decision_latency, performance_of
 from search.node_checks import usable_cores
 
@@ -56,8 +58,10 @@ class Candidate:
 
 def performances_on_test(
     candidates: Sequence[Candidate], data: Mapping[str, Tensor] | None, progress: Progress
-) -> dict[int, float]:
-    """Trial -> performance on test data, on the CPU; the same bits whichever process measures it.
+) -> dict[int, float | str]:
+    """Trial -> performance on test data, on the CPU, or in one line why there is none.
+
+    The same bits whichever process measures it.
 
     Args:
         candidates: what to measure, best begun with the slowest.
@@ -74,12 +78,20 @@ def performances_on_test(
                     helpers.close()  # what they had taken is there again
                 continue
             began = time.monotonic()
-            work.put(candidate, performance_on_test(candidate, data))
+            work.put(candidate, _attempt(candidate, data))
             slowest = max(slowest, time.monotonic() - began)
             if candidate is candidates[0] and slowest * work.left > WORTH_SECONDS:
                 for _ in range(min(processes(candidate.threads) - 1, work.left)):
                     helpers.enter_context(_Helper(work))
     return work.found
+
+
+def _attempt(candidate: Candidate, data: Mapping[str, Tensor] | None) -> float | str:
+    try:
+        performance = performance_on_test(candidate, data)
+    except Exception as error:  # an agent that breaks its simulator costs itself, not the front
+        return describe(error)
+    return performance if math.isfinite(performance) else f"its performance is {performance}"
 
 
 def performance_on_test(candidate: Candidate, data: Mapping[str, Tensor] | None = None) -> float:
@@ -105,7 +117,7 @@ class _Work:
     """Candidates that this process and its helpers take one by one, and what they found."""
 
     def __init__(self, candidates: Sequence[Candidate], progress: Progress) -> None:
-        self.found: dict[int, float] = {}
+        self.found: dict[int, float | str] = {}
         self._total = len(candidates)
         self._waiting = deque(candidates)
         self._changed = threading.Condition()
@@ -125,9 +137,9 @@ class _Work:
         with self._changed:
             return self._waiting.popleft() if self._waiting else None
 
-    def put(self, candidate: Candidate, performance: float) -> None:
+    def put(self, candidate: Candidate, outcome: float | str) -> None:
         with self._changed:
-            self.found[candidate.trial] = performance
+            self.found[candidate.trial] = outcome
             self._progress(len(self.found), self._total, "")
             self._changed.notify_all()
 
@@ -182,11 +194,13 @@ class _Helper:
             while (candidate := self._work.take()) is not None:
                 try:
                     print(json.dumps(asdict(candidate)), file=process.stdin, flush=True)
-                    performance = float(json.loads(process.stdout.readline()))
+                    outcome = json.loads(process.stdout.readline())
+                    if not isinstance(outcome, float | str):
+                        raise TypeError
                 except (OSError, ValueError, TypeError):
                     self._work.give_back(candidate)
                     return
-                self._work.put(candidate, performance)
+                self._work.put(candidate, outcome)
 
 
 def _serve(lines: IO[str]) -> None:
@@ -194,7 +208,7 @@ def _serve(lines: IO[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever is printed besides
     for line in lines:
-        print(json.dumps(performance_on_test(Candidate(**json.loads(line)))), file=answers, flush=True)
+        print(json.dumps(_attempt(Candidate(**json.loads(line)), None)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -214,6 +214,11 @@ def plan_line(checked: CheckedExperiment) -> str:
     objectives = " against ".join(objective.name for objective in checked.objectives)
     options = f"; choose its {', '.join(checked.space.options)}" if checked.space.options else ""
     metrics = ", ".join(config.pruning.metrics)
+    first = checked.ratios_first
+    if first >= config.search.trials:
+        metrics += ", mixed alike"
+    elif first:
+        metrics += f", mixed alike in the first {first} trials"
     return (
         f"{config.name}: train {base} ({config.agent.kind}); prune it in {config.search.trials} ways, which "
         f"{config.search.chosen_sampler} proposes in {len(checked.space.dimensions)} dimensions "
@@ -245,7 +250,11 @@ def print_results(ready: ReadySearch, front: Front, outcome: SearchOutcome, cons
     else:
         console.print(f"The front is empty: {unmet(front)}.", soft_wrap=True, highlight=False, markup=False)
     stopped = early_stopping_line(results, ready.checked.config.pruning.fine_tune.updates)
-    for line in (*filter(None, [stopped]), *failure_lines(results)):
+    unmeasured = [
+        f"Trial {number} could not be measured on test data: {reason}"
+        for number, reason in sorted(ready.keeper.unmeasured.items())
+    ]
+    for line in (*unmeasured, *filter(None, [stopped]), *failure_lines(results)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print()
     console.print(

@@ -21,7 +21,6 @@ from search.config import (
     REPORTED,
     EarlyStoppingConfig,
     ExperimentConfig,
-    GridConfig,
     Metric,
     OptionBounds,
     ScheduleConfig,
@@ -61,15 +60,6 @@ def test_only_the_kind_of_agent_is_required() -> None:
         "shared",
         "auto",
     )
-
-
-def test_a_grid_of_coefficients_needs_some_that_are_searched() -> None:
-    overrides = ("search.sampler=grid", "pruning.coefficients=equal")
-    assert load(*overrides, "search.grid={ratios: 4}").search.grid == GridConfig(ratios=4)
-    with pytest.raises(
-        UserError, match=r"search\.grid\.coefficients is 2: it is for coefficients that are sear"
-    ):
-        load(*overrides, "search.grid={coefficients: 2}")
 
 
 def test_importance_is_tracked_as_usual_unless_something_else_is_said() -> None:
@@ -342,6 +332,25 @@ def test_faults_of_an_override_name_the_override() -> None:
         (
             "base.importance.decay=1",
             "base.importance.decay is 1: it must be a number, at least 0, below 1",
+        ),
+        (
+            "base.importance={every: 8, interval: 7}",
+            "base.importance.interval is 7: a snapshot is of a tracked step, and every 8th is: make every no "
+            "larger",
+        ),
+        *(
+            (
+                f"pruning.schedule={{{key}: {value}}}",
+                f"pruning.schedule.{key} is {value}: is for the kinds 'cosine' and 'cubic', and the kind is "
+                "'one_shot'",
+            )
+            for key, value in {
+                "start": 3,
+                "end": 0,
+                "interval": 1,
+                "smoothing": 0.9,
+                "reconstruction": "false",
+            }.items()
         ),
         (
             "base.importance.interval=0",

@@ -197,9 +197,12 @@ def test_seeds_of_any_size():
     ("task", "message"),
     [
         ("cartpol-swingup", r"unknown task 'cartpol-swingup'.*did you mean one of 'cartpole-swingup'"),
-        ("gymnasium:Pendulm-v1", r"unknown task .*did you mean one of 'Pendulum-v1'"),
+        ("gymnasium:Pendulm-v1", r"unknown task .*after 'gymnasium:', did you mean one of 'Pendulum-v1'"),
         ("gymnasium:nowhere:X-v0", "module 'nowhere' cannot be imported"),
-        ("gymnasium:toy_environments:Pont-v0", "did you mean one of '.*Point-v0'"),
+        (
+            "gymnasium:toy_environments:Pont-v0",
+            "after 'gymnasium:toy_environments:', did you mean one of 'Point-v0'",
+        ),
         (
             "gymnasium:CartPole-v1",
             r"gymnasium:CartPole-v1 are Discrete\(2\).*bounded continuous Box is needed",
@@ -290,7 +293,7 @@ def test_pixels_of_gymnasium_are_stacked_oldest_first(task):
 
 
 def test_pixels_need_something_that_renders():
-    with pytest.raises(UserError, match=r"Point-v0 cannot be rendered .*MUJOCO_GL to egl or osmesa"):
+    with pytest.raises(UserError, match=r"Point-v0 cannot be rendered \([^()]*\)$"):
         make_environment("gymnasium:toy_environments:Point-v0", observation="pixels")
 
 

@@ -11,6 +11,7 @@ from toy_agents import INPUTS
 from components import UserError
 from search.checked_experiment import check
 from search.config import parse_experiment
+from search.search_command import plan_line
 from search.space import OptionRange
 from search.verification import verify_bundle
 
@@ -39,6 +40,36 @@ def test_the_first_trials_mix_all_metrics_alike(tmp_path, first):
     ]
     assert all(equal[experiment.anchors : first])
     assert not any(equal[max(experiment.anchors, first) :])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), 32),
+        (("search.ratios_first=5",), 5),
+        (("pruning.coefficients={latent: {l2: 1}}", "pruning.metrics=[l2, fisher]"), 32),
+        (("pruning.coefficients=per_component",), 0),
+        (("pruning.coefficients=per_group",), 0),
+        (("pruning.coefficients=per_group", "search.ratios_first=7"), 7),
+        (("pruning.coefficients=equal", "search.ratios_first=7"), 0),
+        (("pruning.metrics=[l2]",), 0),
+        (("search.sampler=random", "search.ratios_first=7"), 0),
+    ],
+)
+def test_how_many_trials_search_ratios_alone(tmp_path, overrides, expected):
+    assert checked(tmp_path, "search.trials=500", *overrides).ratios_first == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("search.trials=32",), "l2, fisher, mixed alike)"),
+        (("search.trials=33",), "l2, fisher, mixed alike in the first 32 trials)"),
+        (("search.trials=33", "search.ratios_first=0"), "l2, fisher)"),
+    ],
+)
+def test_the_plan_says_how_metrics_are_mixed(tmp_path, overrides, words):
+    assert words in plan_line(checked(tmp_path, "pruning.metrics=[l2, fisher]", *overrides))
 
 
 def test_groups_that_share_a_ratio_are_one_dimension(tmp_path):

@@ -28,7 +28,7 @@ from search.base import Base
 from search.checked_experiment import CheckedExperiment, check
 from search.config import parse_experiment
 from search.gradient_optimiser import SoftAgent, sweep, sweep_points, sweep_steps
-from search.gradient_sweep import GradientSweep, SweepPoint, read_sweep, write_sweep
+from search.gradient_sweep import GradientSweep, SweepPoint, read_sweep
 from search.prepared_base import PreparedBase, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -264,14 +264,14 @@ def test_an_agent_may_judge_its_outputs_itself() -> None:
 
 
 def test_every_point_is_proposed_once_the_ends_first(tmp_path: Path) -> None:
-    _, _, points = swept()
-    proposals = GradientSweep(points, first=7)
+    experiment, _, points = swept()
+    proposals = GradientSweep(points, experiment.space, first=7)
     found = [proposals.propose(number) for number in range(7, 7 + POINTS)]
     assert sorted(map(str, found)) == sorted(str(point.params) for point in points)
     assert found[:2] == [points[0].params, points[-1].params]
     assert proposals.propose(6) is None
     assert proposals.propose(7 + POINTS) is None
-    write_sweep(tmp_path / "gradient.json", points, 7)
+    proposals.write(tmp_path / "gradient.json")
     assert read_sweep(tmp_path / "gradient.json") == list(points)
 
 
@@ -280,6 +280,25 @@ def test_a_damaged_sweep_is_made_again(text: str, tmp_path: Path) -> None:
     (tmp_path / "gradient.json").write_text(text)
     assert read_sweep(tmp_path / "gradient.json") is None
     assert read_sweep(tmp_path / "nothing.json") is None
+
+
+def test_points_that_decide_the_same_make_one_trial_and_no_anchors(tmp_path: Path) -> None:
+    ready = make_ready(
+        tmp_path / "toy", "search.sampler=gradient", "search.trials=40", "pruning.metrics=[l2]"
+    )
+    space, anchors = ready.checked.space, ready.checked.anchors
+    finish(ready)
+    points = json.loads((tmp_path / "toy" / "gradient.json").read_text())["points"]
+    own = {point["trial"]: point["params"] for point in points if point["trial"] is not None}
+    results = {result.number: result for result in ready.keeper.results}
+    assert 3 < len(own) < len(points) == 40 - anchors
+    assert sorted(own) == list(range(anchors, anchors + len(own)))
+    for number, params in own.items():
+        assert results[number].origin == "gradient"
+        assert results[number].plan == space.to_plan(params)
+    assert all(results[number].origin != "gradient" for number in results if number not in own)
+    decided = {space.decision(result.plan) for result in results.values()}
+    assert all(space.decision(space.to_plan(point["params"])) in decided for point in points)
 
 
 def test_a_search_by_gradient_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:

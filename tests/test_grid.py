@@ -188,10 +188,16 @@ def test_a_resolution_may_be_given_in_whole_or_in_part(wish: GridConfig, expecte
             "after 8 anchors: the smallest grid has 28, so use more trials, shared coefficients or another "
             "sampler",
         ),
+        (
+            "equal",
+            64,
+            GridConfig(coefficients=2),
+            "search.grid.coefficients is 2, and no coefficients are searched here: leave it out",
+        ),
         ("shared", 8, None, "0 of 8 trials are left after 8 anchors: the smallest grid has 4, so use more "),
     ],
 )
-def test_grids_larger_than_the_budget_are_refused(
+def test_grids_that_do_not_fit_are_refused(
     coefficients: str, trials: int, wish: GridConfig | None, message: str
 ) -> None:
     with pytest.raises(UserError) as raised:

@@ -138,6 +138,10 @@ def test_w_and_b_has_a_column_for_every_weight() -> None:
             "pruning.coefficients: the coefficient of metric 'l2' of 'latent' has to be",
         ),
         ({"latent": {"l2": 0}}, "pruning.coefficients: the mixing coefficients of 'latent' are all zero"),
+        (
+            {"latent": {"l2": 1}, "coupling": {"fisher": 1}},
+            "pruning.coefficients has 'coupling', and every group that it could be for has coefficients of ",
+        ),
     ],
 )
 def test_what_does_not_exist_is_refused(coefficients: Any, message: str) -> None:

@@ -73,6 +73,13 @@ def test_groups_that_share_a_ratio_name_one_another() -> None:
     assert shared == {"encoder.0": ("decoder.0",), "decoder.0": ("encoder.0",), "latent": ()}
 
 
+def test_groups_are_as_the_search_has_them() -> None:
+    alike = {g.name: g.shares_with for g in outline(checked("pruning.ranking=isomorphic")).groups}
+    assert alike == {"encoder.0": ("decoder.0",), "decoder.0": ("encoder.0",), "latent": ()}
+    searched = {g.name: g.searched for g in outline(checked("pruning.round_to=5")).groups}
+    assert searched == {"encoder.0": True, "decoder.0": True, "latent": False}
+
+
 @pytest.mark.parametrize(
     "name", [name for name in shipped_experiments() if name.startswith("auto")] + ["cartpole"]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -10,10 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from serial_search import search_serially
 
 from search import remeasurement
+from search.driver import SearchOutcome
+from search.front import Front
 from search.remeasurement import Candidate, performance_on_test, performances_on_test
+from search.search_command import print_results
+from search.verification import verify_bundle
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +105,48 @@ def test_what_helpers_cannot_do_is_done_here(
     for pid in pids.read_text().split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)
+
+
+def test_what_cannot_be_measured_costs_nothing_else(
+    candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = iter([ArithmeticError("the reward is nan"), float("inf")])
+
+    def measure(candidate: Candidate, data: object) -> float:
+        outcome = next(outcomes, None)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return performance_on_test(candidate, None) if outcome is None else outcome
+
+    monkeypatch.setattr(remeasurement, "performance_on_test", measure)
+    found = performances_on_test(candidates, None, nothing)
+    first, second, *others = candidates
+    assert found[first.trial] == "ArithmeticError: the reward is nan"
+    assert found[second.trial] == "its performance is inf"
+    assert all(found[other.trial] == performance_on_test(other, None) for other in others)
+
+
+def test_a_front_says_which_trial_could_not_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost: list[int] = []
+
+    def measure(candidate: Candidate, data: object) -> float:
+        if not lost:
+            lost.append(candidate.trial)
+            raise ArithmeticError("the reward is nan")
+        return performance_on_test(candidate, None)
+
+    monkeypatch.setattr(remeasurement, "performance_on_test", measure)
+    ready, front = search_serially(tmp_path / "toy")
+    tested = {trial.trial: trial.test_retention for trial in front.trials}
+    assert [number for number, retention in tested.items() if retention is None] == lost
+    assert Front.from_json(ready.run.front, json.loads(ready.run.front.read_text())).trials == front.trials
+    assert front.hypervolumes()["test_hypervolume"] > 0
+    assert verify_bundle(ready.run.bundle(lost[0])).identical
+    print_results(ready, front, SearchOutcome(12, 0, False, 1, 1.0), Console())
+    sentence = f"Trial {lost[0]} could not be measured on test data: ArithmeticError: the reward is nan"
+    assert sentence in capsys.readouterr().out
 
 
 def test_without_a_program_everything_is_done_here(

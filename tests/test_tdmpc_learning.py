@@ -286,6 +286,20 @@ def test_under_autocast_last_layers_and_the_encoder_keep_their_precision():
         assert torch.equal(model.encode(observations), latents)
 
 
+def test_under_autocast_the_targets_encoder_keeps_its_precision():
+    chosen, model = options(), world(EVEN).float()
+    learner = Learner(model, chosen, precision=torch.bfloat16)
+    given = batch(chosen.horizon, ROWS, 0)
+    observations = given.observations.float()
+    floats = {name: value.float() for name, value in vars(given).items() if name != "indices"}
+    noise = update_noise(chosen.horizon, ROWS, 0)
+    noise = replace(noise, targets=noise.targets.float(), policy=noise.policy.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        slow, _ = learner._targets(replace(given, **floats), observations[1:], noise)
+    expected = model.encode(observations[1:].flatten(0, 1))  # of which the target is still a copy
+    assert torch.equal(slow.flatten(0, 1), expected)
+
+
 # --- golden ----------------------------------------------------------------------------------------------
 
 

@@ -214,6 +214,27 @@ def test_an_absent_checkpoint_is_refused(tmp_path):
     assert "there is no checkpoint" in refusal(training_of(STATE), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["replay/priorities", "replay/remaining", "target/encoder.0.weight"])
+def test_a_checkpoint_that_lacks_something_is_refused(checkpoint, name, tmp_path):
+    with safe_open(checkpoint / CHECKPOINT, "pt") as stored:
+        facts = stored.metadata()
+    tensors = load_file(checkpoint / CHECKPOINT)
+    del tensors[name]
+    save_file(tensors, tmp_path / CHECKPOINT, facts)
+    assert f"is damaged, or of another device ('{name}')" in refusal(training_of(STATE), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["options", "widths"])
+def test_a_checkpoint_of_other_facts_is_refused(checkpoint, name, tmp_path):
+    with safe_open(checkpoint / CHECKPOINT, "pt") as stored:
+        facts = stored.metadata()
+    tensors = load_file(checkpoint / CHECKPOINT)
+    [key] = facts
+    facts[key] = json.dumps({**json.loads(facts[key]), name: []})
+    save_file(tensors, tmp_path / CHECKPOINT, facts)
+    assert "is damaged, or of another device" in refusal(training_of(STATE), tmp_path)
+
+
 @pytest.mark.parametrize("left", [0, 5, 300, 0.5, -1])
 def test_a_truncated_checkpoint_is_refused(checkpoint, left, tmp_path):
     whole = (checkpoint / CHECKPOINT).read_bytes()
@@ -372,12 +393,13 @@ def test_a_reward_that_is_not_a_number_is_one_sentence():
     assert training.played == len(training.buffer) == 0
 
 
-def test_losses_that_are_not_finite_are_one_sentence():
-    training = training_of({**STATE, "seed_decisions": 60, "learning_rate": 1e30})
+@pytest.mark.parametrize("batch_size", [16, 64])  # of 60 decisions fewer than 64 can be drawn
+def test_losses_that_are_not_finite_are_one_sentence(batch_size):
+    training = training_of({**STATE, "seed_decisions": 60, "learning_rate": 1e30, "batch_size": batch_size})
     with pytest.raises(EnvironmentFaultError) as caught:
         run(training, 5)
     message = str(caught.value)
-    assert "the losses of the TD-MPC agent are not finite after 50 updates: use a smaller learning" in message
+    assert "the losses of the TD-MPC agent are not finite after 2 updates: use a smaller learning" in message
     assert "\n" not in message
     assert not training.model.training
 

@@ -40,7 +40,7 @@ class TDMPCOptions(BaseModel):
         discount: gamma, of rewards per decision.
         horizon: H, decisions that are planned ahead and learnt over.
         rho: weight of a loss t decisions ahead is rho ** t.
-        consistency_weight, reward_weight, value_weight: c2, c1... of the three losses.
+        consistency_weight, reward_weight, value_weight: of the three losses; the paper's c3, c1 and c2.
         priority_exponent, importance_exponent: alpha and beta of prioritised replay.
         gradient_clip: largest norm of a gradient.
         target_every: updates between two moves of the target network.

@@ -208,7 +208,8 @@ class Learner:
         """The target's latents `(H, B, latent)` and the TD targets `(H, B)`, of what follows."""
         horizon, rows = batch.rewards.shape
         flat = observations.flatten(0, 1)
-        slow = self._through_target("encoder", self.model.scaled(flat))
+        with torch.autocast(flat.device.type, enabled=False):  # as in `WorldModel.encode`
+            slow = self._through_target("encoder", self.model.scaled(flat))
         latents = self.model.encode(flat)
         std = self._options.min_std
         actions = with_noise(self.model.policy_mean(latents), std * noise.targets.flatten(0, 1))

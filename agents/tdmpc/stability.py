@@ -7,8 +7,9 @@ stability is looked at after every decision k,
 
     L(k + n) <= max((1 - d) L(k), l),
 
-n the window, d = `DECREASE`, l the level of the goal set: outside of the goal L falls by a tenth within n
-decisions, and what has come to the goal stays. `stability` is the share of decisions at which that holds.
+n the window, d = `DECREASE`, l the level of the goal set: outside of the goal L is lower by a tenth n
+decisions later, and what has come to the goal stays. `stability` is the share of decisions at which that
+holds.
 
 This is a statistic of some episodes. It certifies nothing: neither is L known to be a Lyapunov function of
 the base, nor does a share say what happens from states that no episode visited.
@@ -30,7 +31,7 @@ Values = NDArray[np.float64]
 """Of a candidate, `(T + 1,)` along an episode of T decisions, or of a latent, `(T + 1, latent)`."""
 
 DECREASE = 0.1
-"""By what share L falls within a window, d: any decrease at all is there half of the time by noise alone."""
+"""By what share L falls over a window, d: any decrease at all is there half of the time by noise alone."""
 
 GOAL_SHARE = 0.1
 """The goal set reaches at least this far from the goal, as a share of how far the base's episodes come from:
@@ -167,7 +168,7 @@ def measure(
     Args:
         candidate: of the base.
         episodes: observations `(T + 1, ...)` each, at least one, T >= 1.
-        window: decisions within which L has to fall, n.
+        window: decisions after which L has to have fallen, n.
         seconds: of a decision.
 
     Returns:

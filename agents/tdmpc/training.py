@@ -25,7 +25,7 @@ from agents.tdmpc.world_model import WorldModel
 from components.errors import UserError
 
 CHECK_EVERY = 50
-"""Updates between two looks at whether the losses are still numbers."""
+"""Updates between two looks at whether the losses are still numbers; the first so many are all looked at."""
 
 SECTIONS = frozenset({"model", "target", "adam_mean", "adam_square", "replay", "random"})
 """Of a checkpoint."""
@@ -158,7 +158,8 @@ class Training:
         losses = self.learner.update(batch, noise, self.updates, tracker)
         self.buffer.set_priorities(batch.indices, losses.priorities)
         self.updates += 1
-        if self.updates % CHECK_EVERY == 0 and not finite(losses):
+        looks = self.updates <= CHECK_EVERY or self.updates % CHECK_EVERY == 0
+        if looks and not finite(losses):
             raise EnvironmentFaultError(
                 f"the losses of the TD-MPC agent are not finite after {self.updates} updates: "
                 "use a smaller learning rate"
@@ -206,7 +207,7 @@ class Training:
         try:
             self._require_own(path, facts)
             self._take_over(tensors, facts)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(f"the checkpoint {path} is damaged, or of another device ({error})") from None
 
     def _require_own(self, path: Path, facts: Mapping[str, Any]) -> None:
@@ -230,6 +231,9 @@ class Training:
             )
 
     def _take_over(self, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+        for section, own in (("target", self.learner.target), ("replay", self.buffer.to_tensors())):
+            if odd := sorted(tensors[section].keys() ^ own.keys()):
+                raise KeyError(f"{section}/{odd[0]}")
         self._noise.set_state(tensors["random"]["noise"])
         self.model.load_state_dict(tensors["model"])
         self.played, self.decisions = facts["played"], facts["decisions"]

@@ -189,7 +189,7 @@ class Seed:
         count = sweep_points(self._points - checked.anchors)
         with deterministic(self._seed, 1):
             points = sweep(self._dense, checked.space, count)
-        return checked.new_study(None, GradientSweep(points, checked.anchors))
+        return checked.new_study(None, GradientSweep(points, checked.space, checked.anchors))
 
     def _uniform(self, metric: str, overrides: Sequence[str]) -> list[Point | None]:
         from components.plan import PruningPlan

@@ -200,7 +200,9 @@ def _autoencoder_search(seed: int) -> Callable[[str, int, int], tuple[Points, fl
         optimiser = None
         if sampler == "gradient":
             count = sweep_points(budget - checked.anchors)
-            optimiser = GradientSweep(sweep(prepare(base), checked.space, count), checked.anchors)
+            optimiser = GradientSweep(
+                sweep(prepare(base), checked.space, count), checked.space, checked.anchors
+            )
         planning = time.process_time() - start
         points, seconds = _searched(checked.new_study(optimiser=optimiser), budget, trial)
         return points, planning + seconds
