@@ -3,8 +3,8 @@
 An agent is a trainable, evaluable model with named components, built from *widths* (the size of every pruning
 group), so that a pruned agent is one with smaller widths and a smaller state. Any class with the members of
 `Agent` is one; it need not inherit anything. Below `Agent` stands what it may have besides: `Student`,
-`Rankable`, `Shrinkable`, `Comparing`, `calibration_program`, `shared_ratios`, `searchable_options`,
-`task_loss`, `measurements`, `rehearsal`.
+`Rankable`, `Resumable`, `Shrinkable`, `Comparing`, `calibration_program`, `shared_ratios`,
+`searchable_options`, `task_loss`, `measurements`, `rehearsal`.
 `tests/agent_contract.py` checks what is promised here.
 """
 
@@ -229,6 +229,34 @@ class Rankable(Protocol):
         cheap beside the updates between two calls, and the same bits for the same weights. Nothing about the
         fine-tuning changes: neither weights, gradients, generators nor the training mode. NaN or infinity
         says that it has diverged.
+        """
+
+
+class StorableTracker(Tracker, Protocol):
+    """A tracker that can be interrupted as well."""
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything that going on needs, flat."""
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `to_tensors` gave."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """An agent whose training survives its process."""
+
+    def train_from(self, seed: int, tracker: StorableTracker, progress: Progress, checkpoint: Path) -> None:
+        """`train`, from the checkpoint in a directory if there is one, keeping one there every minute or so.
+
+        The agent and the tracker end with the bits of a training that was never interrupted.
+
+        Args:
+            seed, tracker, progress: as in `train`; the tracker is new.
+            checkpoint: a directory, made as needed.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another training.
         """
 
 

@@ -297,6 +297,72 @@ class ImportanceTracker:
         self._pending = {}
         self._history = []
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything that going on needs, between two steps; a copy, flat, for safetensors.
+
+        `record/<field>/<parameter>`, `gate/<group>`, `mean_square/<loss>`, `updates/<loss>`,
+        `history/<number>/<metric>/<group>`, their counts, and `steps`.
+        """
+        found = {
+            f"record/{field.name}/{name}": torch.as_tensor(getattr(record, field.name))
+            for name, record in self._records.items()
+            for field in fields(record)
+        }
+        averages = {"gate": self._gates, "mean_square": self._mean_square}
+        for kind, by_name in averages.items():
+            for name, average in by_name.items():
+                assert average.total is not None
+                found[f"{kind}/{name}"] = average.total
+                found[f"{kind}_count/{name}"] = torch.tensor(average.count)
+        found |= {f"updates/{loss}": torch.tensor(count) for loss, count in self._updates.items()}
+        for number, (_, scores) in enumerate(self._history):
+            found |= {
+                f"history/{number}/{metric}/{group}": tensor
+                for metric, groups in scores.items()
+                for group, tensor in groups.items()
+            }
+        found["history_steps"] = torch.tensor([step for step, _ in self._history], dtype=torch.long)
+        found["last_tracked"] = torch.tensor(self._last_tracked)
+        found["interval"] = torch.tensor(self._interval, dtype=torch.float64)
+        whole = torch.contiguous_format
+        return {name: tensor.detach().clone(memory_format=whole) for name, tensor in found.items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `to_tensors` of another tracker gave, of the same graph and settings.
+
+        Raises:
+            KeyError, RuntimeError: it is of another model.
+        """
+        nested: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, rest = key.partition("/")
+            nested.setdefault(kind, {})[rest] = tensor
+        for name, record in self._records.items():
+            for field in fields(record):
+                stored = nested["record"][f"{field.name}/{name}"]
+                if field.name == "count":
+                    record.count = int(stored)
+                else:
+                    getattr(record, field.name).copy_(stored)
+        device = next(iter(self._parameters.values())).device
+        for kind, averages in (("gate", self._gates), ("mean_square", self._mean_square)):
+            averages.clear()
+            for name, stored in nested.get(kind, {}).items():
+                total = stored.to(device if kind == "gate" else "cpu").clone()
+                averages[name] = _Average(self._decay, total, int(nested[f"{kind}_count"][name]))
+        self._updates = {loss: int(count) for loss, count in nested.get("updates", {}).items()}
+        self._history = []
+        for number, step in enumerate(nested["history_steps"][""].tolist()):
+            scores: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in nested.get("history", {}).items():
+                own, metric, group = key.split("/", 2)
+                if own == str(number):
+                    scores.setdefault(metric, {})[group] = tensor.to(device).clone()
+            self._history.append((step, dict(scores)))
+        self._last_tracked = int(nested["last_tracked"][""])
+        self._interval = float(nested["interval"][""])
+        self._pending = {}
+
     @property
     def steps(self) -> int:
         """The number of steps tracked so far."""

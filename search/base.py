@@ -9,12 +9,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 import components
-from agents.agent import Agent, Progress, Split, agent_class, calibration_program
+from agents.agent import Agent, Progress, Resumable, Split, agent_class, calibration_program
 from components import DependencyGraph, UserError, importance
 from components.calibration import record
 from components.size import parameter_count
@@ -108,6 +109,7 @@ def train_base(
     device: str = "cpu",
     threads: int = 1,
     progress: Progress = lambda done, total, note: None,
+    checkpoint: Path | None = None,
 ) -> Base:
     """Train an agent, tracking importance along the way, score its channels and measure it.
 
@@ -122,6 +124,8 @@ def train_base(
         device: torch device.
         threads: CPU threads; the result is bit-reproducible for one thread count.
         progress: is told how far the training is.
+        checkpoint: directory of an agent that is `Resumable`, which goes on from what is there; None keeps
+            none. The time that training took is then that since it last went on.
 
     Raises:
         UserError: unknown kind, metric or option, or the trained agent is no better than a trivial one.
@@ -132,7 +136,10 @@ def train_base(
         graph = trace_agent(agent, agent.calibration_inputs(TRACE_ROWS, seed))
         tracker = ImportanceTracker(graph, agent.model, **asdict(tracking))
         start = time.perf_counter()
-        agent.train(seed, tracker, progress)
+        if checkpoint is not None and isinstance(agent, Resumable):
+            agent.train_from(seed, tracker, progress, checkpoint)
+        else:
+            agent.train(seed, tracker, progress)
         seconds = time.perf_counter() - start
         scored = scored_base(kind, agent, graph, tracker, seed, metrics, reconstruction)
         reports = {split: agent.evaluate(split) for split in SPLITS}

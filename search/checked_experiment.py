@@ -143,8 +143,14 @@ class CheckedExperiment:
             number, proposal, trial_seed(self.config.search.seed, number), self.trial_settings()
         )
 
-    def train_base(self, progress: Progress = lambda done, total, note: None) -> Base:
-        """Train the base; nothing is written.
+    def train_base(
+        self, progress: Progress = lambda done, total, note: None, checkpoint: Path | None = None
+    ) -> Base:
+        """Train the base; nothing but checkpoints is written.
+
+        Args:
+            progress: is told how far the training is.
+            checkpoint: directory of an agent that is `Resumable`; None keeps none.
 
         Raises:
             UserError: the trained agent is no better than a trivial one.
@@ -160,6 +166,7 @@ class CheckedExperiment:
             device=self.device,
             threads=self.threads,
             progress=progress,
+            checkpoint=checkpoint,
         )
 
     def untrained_base(self) -> Base:

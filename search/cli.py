@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from search.interruption import sigterm_interrupts
+
 EPILOG = """\
 An experiment is the name of one that is shipped (such as `autoencoder`) or the path of a YAML file; a run is
 the name of a directory in runs/, or its path. `prunefront COMMAND --help` explains a command.
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from components.errors import UserError
 
     try:
-        return int(getattr(commands, options.command)(options))
+        with sigterm_interrupts():
+            return int(getattr(commands, options.command)(options))
     except UserError as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -158,6 +161,9 @@ def _add_train(commands: Any) -> None:
         description="Train the base of an experiment; a search of the same name continues with it.",
     )
     _add_experiment(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the training of this name that was interrupted"
+    )
 
 
 def _add_front(commands: Any) -> None:

@@ -151,7 +151,7 @@ def run_search(
     return SearchOutcome(
         complete=driver.complete,
         failed=driver.failed,
-        interrupted=unfinished and interrupted.is_set(),
+        interrupted=interrupted.is_set(),
         concurrency=driver.concurrency,
         seconds=time.monotonic() - started,
         out_of_time=unfinished and not interrupted.is_set(),

@@ -43,9 +43,10 @@ def train(options: argparse.Namespace) -> int:
     from search.checked_experiment import check
     from search.experiment import train_only
     from search.progress import TrainingProgress
+    from search.search_command import kept_training
 
-    checked = check(*load(options))
-    with TrainingProgress("base", make_console()) as progress:
+    checked = check(*load(options), resume=options.resume)
+    with kept_training(checked.path), TrainingProgress("base", make_console()) as progress:
         run, base = train_only(checked, progress)
     run.release()
     print(base_line(base, checked.agent.performance.name))

@@ -134,6 +134,7 @@ def predict(
     train: float | None,
     cores: int,
     train_each: float = 0.0,
+    testers: int = 1,
 ) -> SearchCost:
     """What a search takes with certain resources.
 
@@ -148,6 +149,7 @@ def predict(
         train: seconds of training a base before the first trial; None where it is not known.
         cores: of this machine.
         train_each: seconds of training in every trial.
+        testers: processes that measure the front side by side.
     """
     one = measured.trial_seconds(setting.threads) + train_each
     side_by_side = (trials * one + propose) / setting.at_once
@@ -160,6 +162,6 @@ def predict(
         start=START_SECONDS + measured.set_up,
         train=train,
         trials=wall,
-        test=measured.test * max(1, round(FRONT_SHARE * trials)),
+        test=measured.test * max(1, round(FRONT_SHARE * trials)) / testers,
         limit="proposals" if wall == propose else "trials",
     )

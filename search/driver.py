@@ -49,7 +49,7 @@ class SearchOutcome:
     Attributes:
         complete: trials that were measured.
         failed: trials that failed; each was recorded with its reason.
-        interrupted: Ctrl-C or SIGTERM ended the search before all trials had run; running ones were dropped.
+        interrupted: Ctrl-C or SIGTERM came before the cluster was left; trials that ran were dropped.
         out_of_time: the time was up before all trials had begun.
         repeated: how often a trial ran again because its worker was lost.
         concurrency: trials that could run at once, in the end.

@@ -34,15 +34,23 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file by `content`, atomically and durably."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(temporary, content)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file and force it onto the disk; an OSError names it, which those of a full disk do not."""
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,10 +74,7 @@ def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
     temporary.mkdir(parents=True)
     try:
         for name, content in contents.items():
-            with (temporary / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(temporary / name, content)
         sync_directory(temporary)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(temporary, directory)

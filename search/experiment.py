@@ -185,14 +185,19 @@ def make_ready(checked: CheckedExperiment, progress: Progress) -> ReadySearch:
     identity = RunDirectory(checked.path).read_identity() if checked.resume else None
     database.require_ready(identity)
     run, base = _run_and_base(checked, progress)
-    database.identity = run.read_identity()
-    dense = prepare(base)
-    keeper = FrontKeeper(run, dense, checked.objectives, checked.config.search.constraints, checked.threads)
-    notices = run.mend()
-    if not checked.resume:
-        run.forget_proposals()
-    keeper.restore(run.read_trials())
-    return ReadySearch(checked, run, base, dense, keeper, database, run.read_proposals(), tuple(notices))
+    with _released_by_a_fault(run):
+        database.identity = run.read_identity()
+        dense = prepare(base)
+        constraints = checked.config.search.constraints
+        keeper = FrontKeeper(run, dense, checked.objectives, constraints, checked.threads)
+        notices = run.mend()
+        if not checked.resume:
+            run.forget_proposals()
+        trials = run.read_trials()
+        if checked.config.base.mode == "shared":
+            _require_own_base(run, base, trials)
+        keeper.restore(trials)
+        return ReadySearch(checked, run, base, dense, keeper, database, run.read_proposals(), tuple(notices))
 
 
 def train_only(checked: CheckedExperiment, progress: Progress) -> tuple[RunDirectory, Base]:
@@ -201,6 +206,8 @@ def train_only(checked: CheckedExperiment, progress: Progress) -> tuple[RunDirec
     Raises:
         UserError: as `make_ready`.
     """
+    if checked.resume:
+        return _run_and_base(checked, progress)
     run = _created(checked)
     with _nothing_left_of(run):
         return run, _train_into(run, checked, progress)
@@ -217,13 +224,42 @@ def _run_and_base(checked: CheckedExperiment, progress: Progress) -> tuple[RunDi
             return run, _train_into(run, checked, progress) if trained else checked.untrained_base()
     run = RunDirectory.open(checked.path)
     run.claim()
-    write_text(run.experiment, _to_store(checked))
-    run.write_warm_start(checked.earlier)
-    if not trained:
-        return run, checked.untrained_base()
-    if (run.base / "metrics.json").is_file():
-        return run, load_base(run.base)
-    return run, _train_into(run, checked, progress)  # killed before the base was trained
+    with _released_by_a_fault(run):
+        write_text(run.experiment, _to_store(checked))
+        run.write_warm_start(checked.earlier)
+        if not trained:
+            return run, checked.untrained_base()
+        if (run.base / "metrics.json").is_file():
+            return run, load_base(run.base)
+        if run.trials.exists() and run.trials.stat().st_size:
+            raise UserError(
+                f"{run.base} is gone, which the trials of {run.path} were pruned from: {_INSTEAD}"
+            )
+        return run, _train_into(run, checked, progress)  # killed before the base was trained
+
+
+@contextmanager
+def _released_by_a_fault(run: RunDirectory) -> Iterator[None]:
+    """Let go of a run directory, which stays as it is, if the block fails."""
+    try:
+        yield
+    except BaseException:
+        run.release()
+        raise
+
+
+_INSTEAD = "restore it, or start a search of its own with --name"
+
+
+def _require_own_base(run: RunDirectory, base: Base, trials: Sequence[TrialResult]) -> None:
+    """Refuse to go on from another base than the one that finished trials were pruned from."""
+    for trial in trials:
+        if trial.base_performance and dict(trial.base_performance) != dict(base.performance):
+            own, theirs = base.performance["validation"], trial.base_performance["validation"]
+            raise UserError(
+                f"{run.base} reaches {own:g} on validation data, and the base that trial {trial.number} was "
+                f"pruned from {theirs:g}: {_INSTEAD}"
+            )
 
 
 def _created(checked: CheckedExperiment) -> RunDirectory:
@@ -232,11 +268,17 @@ def _created(checked: CheckedExperiment) -> RunDirectory:
 
 @contextmanager
 def _nothing_left_of(run: RunDirectory) -> Iterator[None]:
-    """Remove a run directory if the block fails: it was made just now, and is worth nothing yet."""
+    """Remove a run directory if the block fails: it was made just now, and is worth nothing yet.
+
+    Unless there is a checkpoint of the base's training in it.
+    """
     try:
         yield
     except BaseException:
-        shutil.rmtree(run.path, ignore_errors=True)
+        if run.training.exists():
+            run.release()
+        else:
+            shutil.rmtree(run.path, ignore_errors=True)
         raise
 
 
@@ -245,7 +287,8 @@ def _to_store(checked: CheckedExperiment) -> str:
 
 
 def _train_into(run: RunDirectory, checked: CheckedExperiment, progress: Progress) -> Base:
-    """Train the base and store it."""
-    base = checked.train_base(progress)
+    """Train the base, from where its training was interrupted, and store it."""
+    base = checked.train_base(progress, run.training)
     save_base(base, run.base)
+    shutil.rmtree(run.training, ignore_errors=True)
     return base

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 GIGABYTE = 1e9
+CGROUP = Path("/sys/fs/cgroup")
 LEAST_FREE_DISK = 2 * GIGABYTE
 """Free bytes below which there is too little room; Ray stops making objects at 95 % used."""
 
@@ -238,8 +241,20 @@ def processor(facts: Mapping[str, Any]) -> list[Finding]:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use, of which a container may have a share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, cpu_quota(CGROUP))))
+
+
+def cpu_quota(cgroup: Path) -> float:
+    """How many cores a control group, of version 2 or 1, admits; infinite without a limit."""
+    older = [cgroup / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
+    for files in ([cgroup / "cpu.max"], older):
+        with suppress(OSError, ValueError):
+            words = " ".join(file.read_text() for file in files).split()
+            quota, period = map(float, words)  # a quota of "max" is no number
+            return quota / period if quota > 0 < period else math.inf
+    return math.inf
 
 
 def _python(expected: str) -> Finding:

@@ -25,6 +25,7 @@ from search.node_checks import usable_cores
 from search.outline import Outline
 from search.prepared_base import prepare
 from search.rehearsal import TrainingTime, rehearse
+from search.remeasurement import processes
 from search.study import Study
 from search.trial import run_trial
 from search.trial_types import TrialResult, TrialSettings, TrialSpec, trial_seed
@@ -139,6 +140,7 @@ def estimate(checked: CheckedExperiment, plan: Outline, say: Say) -> Prediction:
                 train=training.seconds if config.has_trained_base or training.seconds is None else 0.0,
                 cores=cores,
                 train_each=train_each or 0.0,
+                testers=processes(setting.threads),
             )
             for setting in settings_of(
                 config.resources.cpus, list(measured.by_threads), config.search.trials, cores, own

@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import ray
+import torch
 from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -185,8 +186,16 @@ def connected(address: str | None, code: Sequence[Path] = ()) -> Iterator[None]:
     """Connected to a cluster, whose workers get the code; with no address, to one of this process's own."""
     if address is None:
         with _environment({"PYTHONPATH": _import_path()}):
-            # Never a bare init(): a stale file of an earlier cluster would make that hang.
-            ray.init(address="local", include_dashboard=False, configure_logging=False, log_to_driver=False)
+            try:
+                # Never a bare init(): a stale file of an earlier cluster would make that hang.
+                ray.init(
+                    address="local", include_dashboard=False, configure_logging=False, log_to_driver=False
+                )
+            except OSError as error:
+                if error.errno is None:
+                    raise
+                place = error.filename or "/tmp/ray, or wherever RAY_TMPDIR says"
+                raise UserError(f"Ray cannot start: {error.strerror}: {place}") from error
     else:
         require_answer(address)
         try:
@@ -238,6 +247,30 @@ def _import_path() -> str:
     installed = (sys.prefix, sys.base_prefix)
     paths = [os.path.abspath(path) for path in sys.path if path]
     return os.pathsep.join(path for path in paths if not path.startswith(installed))
+
+
+def require_room(address: str | None, cpus: float, gpus: float | None) -> None:
+    """Ask for a cluster that can hold a trial, before anything is made for it.
+
+    Args:
+        address: of a running cluster, which is joined for a moment; None looks at this machine.
+        cpus, gpus: of a trial; None for as many GPUs as there are.
+
+    Raises:
+        UserError: no cluster answers at the address, it cannot be joined, or no node can hold one trial.
+    """
+    if address is not None:
+        with ray_environment(), quiet_ray(), connected(address):
+            slots_of(cpus, gpus)
+        return
+    with quiet_ray():
+        most_cpus = ray._private.utils.get_num_cpus(override_docker_cpu_warning=True)
+    most_gpus = torch.cuda.device_count()
+    if cpus > most_cpus or (gpus or 0.0) > most_gpus:
+        raise UserError(
+            f"a trial needs {cpus:g} CPUs and {gpus or 0:g} GPUs, but this machine has {most_cpus:g} CPUs "
+            f"and {most_gpus} GPUs that torch can use"
+        )
 
 
 def require_answer(address: str) -> None:

@@ -37,6 +37,7 @@ class RunDirectory:
         self.path = path
         self.experiment = path / "experiment.yaml"
         self.base = path / "base"
+        self.training = path / "training"  # of the base, while it is under way
         self.trials = path / "trials.jsonl"
         self.proposals = path / "proposals.jsonl"
         self.study = path / "study.db"

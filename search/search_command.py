@@ -6,7 +6,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from search.front_table import (
     retention_table,
     stage_line,
 )
+from search.interruption import Interruption
 from search.paste import command_name
 from search.progress import SearchProgress, TrainingProgress, duration
-from search.ray_connection import require_answer
+from search.ray_connection import require_room
 from search.report import Report, write_report
+from search.run_directory import RunDirectory
 from search.selection import unmet
 from search.trial_types import TrialResult
 from search.wandb_logger import WandbLogger, require_account
@@ -71,12 +74,14 @@ def run(
         if models:
             require_reachable(constraints, models[0], models[-1], checked.agent.performance, base)
 
-    require_bounds()  # before a base is trained for nothing
-    if address is not None:
-        require_answer(address)
+    # Before a base is trained for nothing.
+    require_bounds()
+    gpus = None if config.resources.gpus == "auto" else config.resources.gpus
+    with Interruption():  # Ray takes SIGTERM for itself
+        require_room(address, config.resources.cpus, gpus)
     require_account(config.wandb.mode, config.wandb.entity)
     console.print(plan_line(checked), soft_wrap=True, highlight=False)
-    with TrainingProgress("base", console) as progress:
+    with kept_training(path), TrainingProgress("base", console) as progress:
         ready = make_ready(checked, progress)
     try:
         require_bounds(ready.base)  # and before trials run for nothing
@@ -110,8 +115,13 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
     ) as logger:
         with SearchProgress(config.search.trials, console) as display:
             outcome = ready.search([Watcher(ready, display, logger)], address)
-        with TrainingProgress("test", console) as progress:
-            front = ready.finish(outcome, progress)
+        try:
+            with TrainingProgress("test", console) as progress:
+                front = ready.finish(outcome, progress)
+        except KeyboardInterrupt:
+            logger.close(INTERRUPTED_SECONDS)
+            print(interruption_line(ready), file=sys.stderr)
+            return INTERRUPTED
         results = ready.keeper.results
         complete = sum(result.complete for result in results)
         counts = {
@@ -133,6 +143,18 @@ def _run(ready: ReadySearch, address: str | None, console: Console) -> int:
         print(interruption_line(ready), file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+@contextmanager
+def kept_training(path: Path) -> Iterator[None]:
+    """Say how to go on, where the training of a base is interrupted that has left a checkpoint."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if RunDirectory(path).training.exists():
+            again = "the same command with --resume goes on from there"
+            print(f"prunefront: the training of the base is kept in {path}; {again}", file=sys.stderr)
+        raise
 
 
 class Watcher:

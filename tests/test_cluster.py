@@ -395,6 +395,17 @@ def test_ctrl_c_keeps_what_is_finished_and_waits_for_nothing() -> None:
     assert [result.number for result in journal.results] == [0, 1]
 
 
+def test_ctrl_c_after_the_last_trial_is_not_forgotten() -> None:
+    class Interrupted(Journal):
+        def record(self, result: TrialResult) -> None:
+            super().record(result)
+            if len(self.results) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    outcome = search(Interrupted(), range(3), unhurried, concurrency=1)
+    assert (outcome.complete, outcome.interrupted, outcome.out_of_time) == (3, True, False)
+
+
 def test_sigterm_is_heeded_like_ctrl_c() -> None:
     journal = Journal()
 
@@ -529,6 +540,15 @@ def test_torch_gets_as_many_threads_as_a_trial_has_cpus(cpus: float, threads: in
     torch.set_num_threads(4)
     worker.setup({"spec": cluster._Parcel(spec)}, None, plain, cpus, 0)
     assert torch.get_num_threads() == threads
+
+
+def test_a_full_disk_of_rays_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ray_connection.ray, "init", full)
+    with pytest.raises(UserError, match=r"^Ray cannot start: No space left on device: /tmp/ray, or wher"):
+        search(Journal(), range(1), unhurried)
 
 
 def test_a_trial_larger_than_every_node_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

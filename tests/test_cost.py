@@ -46,6 +46,8 @@ def test_cheap_proposals_leave_the_time_to_the_workers(workers: int) -> None:
     assert cost.start == START_SECONDS + 1.5
     assert cost.test == 0.5 * round(160 * FRONT_SHARE)
     assert cost.total == pytest.approx(cost.start + 60.0 + cost.trials + cost.test)
+    shared = predict(setting, MEASURED, trials=160, propose=0.0, train=60.0, cores=16, testers=4)
+    assert shared.test == cost.test / 4
 
 
 @pytest.mark.parametrize("workers", [4, 16, 64])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -189,6 +190,29 @@ def test_more_cpus_and_threads_than_cores_are_notes(monkeypatch) -> None:
     assert found["CPUs of Ray"]["status"] == found["threads"]["status"] == "note"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert [finding["status"] for finding in node_checks.processor({"cpus": 4.0})] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, math.inf),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu.max": "250000 100000\n"}, 2.5),
+        ({"cpu.max": ""}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+    ],
+)
+def test_a_containers_share_of_the_cores_is_known(
+    files: dict[str, str], cores: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert node_checks.cpu_quota(tmp_path) == cores
+    monkeypatch.setattr(node_checks, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    assert node_checks.usable_cores() == max(1, min(64, cores // 1))
 
 
 def test_a_check_that_breaks_is_a_finding(monkeypatch) -> None:

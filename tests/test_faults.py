@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +99,61 @@ def test_a_wish_that_cannot_be_met_is_one_sentence(
     capsys.readouterr()
     assert sentence in refused(capsys, "search", "toy.yaml", "--trials", "2", *arguments)
     assert [entry.name for entry in Path("runs").iterdir()] == ["toy"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "sentence"),
+    [
+        ("resources.cpus=4096", "a trial needs 4096 CPUs and 0 GPUs, but this machine has "),
+        ("resources={cpus: 1, gpus: 99}", "a trial needs 1 CPUs and 99 GPUs, but this machine has "),
+    ],
+)
+def test_a_trial_that_fits_nowhere_is_refused_before_a_base_is_trained(
+    capsys: pytest.CaptureFixture[str], wish: str, sentence: str
+) -> None:
+    assert sentence in refused(capsys, "search", "toy.yaml", "--set", wish)
+    assert not TOY.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_of_the_last_test_loses_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    assert main(["search", "toy.yaml", "--name", "whole", "--trials", "8"]) == 0
+
+    def interrupt(candidate: object, data: object) -> float:
+        os.kill(os.getpid(), number)
+        time.sleep(5)  # Python runs the handler between two instructions
+        raise AssertionError("nothing was interrupted")
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("search.remeasurement.performance_on_test", interrupt)
+        assert main(["search", "toy.yaml", "--trials", "8"]) == 130
+    assert capsys.readouterr().err == (
+        "prunefront: interrupted; the 8 trials that had finished are kept in runs/toy; the same command with "
+        "--resume goes on from there\n"
+    )
+    assert main(["search", "toy.yaml", "--trials", "8", "--resume"]) == 0
+    assert lines(TOY) == lines(Path("runs/whole"))
+    found, expected = (json.loads((run / "front.json").read_text()) for run in (TOY, Path("runs/whole")))
+    assert [t["test_retention"] for t in found["trials"]] == [t["test_retention"] for t in expected["trials"]]
+
+
+def test_another_base_than_that_of_the_trials_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "toy.yaml", "--trials", "2"]) == 0
+    assert main(["search", "toy.yaml", "--trials", "2", "--name", "other", "--set", "base.seed=1"]) == 0
+    shutil.rmtree(TOY / "base")
+    resume = ("search", "toy.yaml", "--trials", "3", "--resume")
+    capsys.readouterr()
+    assert refused(capsys, *resume).startswith(
+        "runs/toy/base is gone, which the trials of runs/toy were pruned"
+    )
+    shutil.copytree("runs/other/base", TOY / "base")
+    sentence = refused(capsys, *resume)
+    assert sentence.startswith("runs/toy/base reaches ")
+    assert "and the base that trial 0 was pruned from" in sentence
+    assert len(lines(TOY)) == 2
 
 
 def test_another_search_starts_warm(capsys: pytest.CaptureFixture[str]) -> None:

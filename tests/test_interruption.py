@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import pytest
 
-from search.interruption import Interruption
+from search.interruption import Interruption, sigterm_interrupts
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -34,6 +35,20 @@ def test_before_that_the_first_interrupts(number: int) -> None:
     """As while a cluster is joined, which may take a minute and is not looked at."""
     with Interruption(), pytest.raises(KeyboardInterrupt):
         send(number)
+
+
+def test_sigterm_interrupts_as_ctrl_c_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
+        send(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_it_does_so_where_ray_has_taken_the_signal() -> None:
+    with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
+        sys.exit(signal.SIGTERM)
+    with pytest.raises(SystemExit), sigterm_interrupts():
+        sys.exit(3)
 
 
 def test_handlers_are_as_before_afterwards() -> None:

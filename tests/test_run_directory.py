@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,6 +184,16 @@ def test_every_line_is_synced_before_append_returns(run, monkeypatch):
     assert synced == [str(run.trials), str(run.path)]
     run.append_trial(result(1))
     assert synced[2:] == [str(run.trials)]
+
+
+def test_a_file_that_does_not_fit_on_the_disk_is_named(run, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left .*/\.front\.json\.") as raised:
+        run.write_front({})
+    assert Path(raised.value.filename).parent == run.path
 
 
 def test_a_line_that_does_not_fit_on_the_disk_leaves_no_trace(run, monkeypatch):

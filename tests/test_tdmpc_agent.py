@@ -18,6 +18,8 @@ from agents.tdmpc.config import TDMPCOptions
 from agents.tdmpc.episodes import Episodes, episode_seeds
 from agents.tdmpc.planner import PlanMemory
 from components import UserError
+from components.tracker import ImportanceTracker
+from search.base import trace_agent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -403,6 +405,43 @@ def test_the_tracker_sees_both_losses_of_every_update_before_clipping():
     ]
     assert events == one * 60
     assert not with_gradient()
+
+
+@pytest.mark.parametrize("after", [1, 2])  # before it learns, and after
+def test_an_interrupted_training_ends_with_the_same_bits(after, tmp_path, monkeypatch):
+    monkeypatch.setattr("agents.tdmpc.agent.CHECKPOINT_SECONDS", 0.0)
+
+    def followed(agent):
+        graph = trace_agent(agent, agent.calibration_inputs(8, 0))
+        return ImportanceTracker(graph, agent.model, every=4, snapshots=2)
+
+    whole = make_tiny()
+    expected = followed(whole)
+    whole.train(3, expected, _silent)
+
+    told = []
+
+    def interrupt(*now):
+        told.append(now)
+        if len(told) > after:
+            raise KeyboardInterrupt
+
+    first = make_tiny()
+    with pytest.raises(KeyboardInterrupt):
+        first.train_from(3, followed(first), interrupt, tmp_path / "training")
+    agent = make_tiny()
+    found = followed(agent)
+    told = []
+    agent.train_from(3, found, lambda *now: told.append(now), tmp_path / "training")
+    assert len(told) == 3 - after  # episodes of 20 decisions: the others were not played again
+    assert equal_states(agent.states(), whole.states())
+    for ours, theirs in ((found.statistics(), expected.statistics()), (found.history(), expected.history())):
+        ours, theirs = ours.to_tensors(), theirs.to_tensors()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert all(torch.equal(tensor, whole.data()[name]) for name, tensor in agent.data().items())
+    with pytest.raises(UserError, match="with seed 3, this one has 4"):
+        make_tiny().train_from(4, followed(agent), _silent, tmp_path / "training")
 
 
 def test_progress_counts_environment_steps():

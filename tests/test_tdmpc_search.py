@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from serial_search import run_serially
 from toy_environments import Point
 
 from agents.tdmpc.agent import TDMPC
+from agents.tdmpc.training import Training
+from search.base_files import load_base
 from search.bundle import load_bundle
 from search.checked_experiment import check
 from search.cli import main
@@ -150,6 +155,39 @@ def test_the_base_comes_with_its_experience(serial):
     assert main(["train", "point.yaml", "--name", "point"]) == 0
     assert main(["search", "point.yaml", "--name", "point", "--trials", "2"]) == 0
     assert [trial["status"] for trial in trials("runs/point")] == ["complete"] * 2
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_a_base_whose_training_is_interrupted_goes_on(command, serial, monkeypatch, capsys):
+    call = [command, "point.yaml", *(["--trials", "2"] if command == "search" else [])]
+    assert main([*call, "--name", "whole"]) == 0
+    monkeypatch.setattr("agents.tdmpc.agent.CHECKPOINT_SECONDS", 0.0)
+    run_episode = Training.run_episode
+
+    def interrupt(self, tracker):
+        if self.decisions > 400:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)  # Python runs the handler between two instructions
+        run_episode(self, tracker)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "run_episode", interrupt)
+        assert main([*call, "--name", "point"]) == 130
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "prunefront: the training of the base is kept in runs/point; the same command with --resume goes on "
+        "from there"
+    )
+    assert main([*call, "--name", "point"]) == 2
+    assert "runs/point exists and is not overwritten" in capsys.readouterr().err
+    assert main([*call, "--name", "point", "--resume"]) == 0
+    bases = [load_base(Path("runs", name, "base")) for name in ("whole", "point")]
+    for section, state in bases[0].states.items():
+        assert all(np.array_equal(array, bases[1].states[section][name]) for name, array in state.items())
+    for metric, scores in bases[0].scores.items():
+        assert all(np.array_equal(array, bases[1].scores[metric][group]) for group, array in scores.items())
+    assert bases[0].performance == bases[1].performance
+    assert not Path("runs/point/training").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import numpy as np
 import pytest
@@ -506,6 +507,57 @@ def test_history_at_a_chosen_interval_keeps_every_snapshot(every: int, interval:
             expected.append(step)
             due = (step // interval + 1) * interval
     assert tracker.history().steps.tolist() == sorted({*expected, tracked[-1]})
+
+
+class Interrupted:
+    """A tracker that is stored and replaced by a new one after some steps."""
+
+    def __init__(self, make_tracker: Callable[[], ImportanceTracker], after: int) -> None:
+        self.tracker = make_tracker()
+        self._make, self._left = make_tracker, after
+
+    def capture(self) -> AbstractContextManager[None]:
+        return self.tracker.capture()
+
+    def update(self) -> None:
+        self.tracker.update()
+        self._left -= 1
+        if self._left == 0:
+            stored = load(save(self.tracker.to_tensors()))
+            self.tracker = self._make()
+            self.tracker.load_tensors(stored)
+
+
+@pytest.mark.parametrize("after", [1, 2, 8, 21])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "settings", [{"every": 1, "snapshots": 2}, {"every": 3}, {"every": 2, "interval": 4}, {"every": 24}]
+)
+def test_a_stored_tracker_goes_on_with_the_same_bits(
+    settings: dict[str, int], family: str, after: int
+) -> None:
+    model, graph, shape = make(family)
+    whole = ImportanceTracker(graph, model, **settings)
+    train(model, shape, 22, whole)
+    model, graph, shape = make(family)
+    parts = Interrupted(lambda: ImportanceTracker(graph, model, **settings), after)
+    train(model, shape, 22, cast("ImportanceTracker", parts))
+    for expected, found in (
+        (whole.statistics().to_tensors(), parts.tracker.statistics().to_tensors()),
+        (whole.history().to_tensors(), parts.tracker.history().to_tensors()),
+        (whole.to_tensors(), parts.tracker.to_tensors()),
+    ):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_what_another_model_gathered_is_refused() -> None:
+    model, graph, _ = make("mlp")
+    other, others_graph, shape = make("convolutional")
+    gathered = ImportanceTracker(others_graph, other, every=1)
+    train(other, shape, 3, gathered)
+    with pytest.raises((KeyError, RuntimeError)):
+        ImportanceTracker(graph, model, every=1).load_tensors(gathered.to_tensors())
 
 
 def test_history_without_capture_lacks_gate_fisher_alone() -> None:

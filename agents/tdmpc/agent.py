@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from agents.agent import UNTRACKED, Objective, Progress, Rehearsal, Split, Tracker
+from agents.agent import UNTRACKED, Objective, Progress, Rehearsal, Split, StorableTracker, Tracker
 from agents.environments import EnvironmentSpec
 from agents.lockstep import Trajectory
 from agents.options import parse_options
@@ -21,7 +23,7 @@ from agents.tdmpc.episodes import Act, Episodes, Returns, episode_seeds, episode
 from agents.tdmpc.learning import Learner, UpdateNoise
 from agents.tdmpc.planner import PlanMemory, Planner
 from agents.tdmpc.replay_buffer import ReplayBuffer
-from agents.tdmpc.training import Training, frames, image_side, planner_settings, total_decisions
+from agents.tdmpc.training import CHECKPOINT, Training, frames, image_side, planner_settings, total_decisions
 from agents.tdmpc.world_model import WorldModel, dense_widths
 from agents.widths import complete
 from components.errors import UserError, nearest
@@ -31,6 +33,9 @@ EXAMPLES = 64
 
 REHEARSAL_DECISIONS = 20
 """Of each of the three episodes of a rehearsal."""
+
+CHECKPOINT_SECONDS, CHECKPOINT_RATIO = 60.0, 20.0
+"""Between two checkpoints of a training, and at least so many times what writing the last one took."""
 
 BFLOAT16_WIDTH = 64
 """Width of hidden layers from which bfloat16 products, conversions included, are the faster ones."""
@@ -189,13 +194,37 @@ class TDMPC:
 
     def train(self, seed: int, tracker: Tracker | None, progress: Progress) -> None:
         """Play and learn for `steps` environment steps, from new random weights."""
-        training = self._training = self.start_training(seed)
+        self._train(self.start_training(seed), tracker or UNTRACKED, progress, lambda training: None)
+
+    def train_from(self, seed: int, tracker: StorableTracker, progress: Progress, checkpoint: Path) -> None:
+        """`train`, going on from the checkpoint in a directory and keeping one there."""
+        training = self.start_training(seed)
+        if (checkpoint / CHECKPOINT).is_file():
+            tracker.load_tensors(training.load(checkpoint))
+        due = time.monotonic() + CHECKPOINT_SECONDS
+
+        def keep(training: Training) -> None:
+            nonlocal due
+            began = time.monotonic()
+            if began >= due:
+                training.save(checkpoint, tracker.to_tensors())
+                now = time.monotonic()
+                due = now + max(CHECKPOINT_SECONDS, CHECKPOINT_RATIO * (now - began))
+
+        self._train(training, tracker, progress, keep)
+
+    def _train(
+        self, training: Training, tracker: Tracker, progress: Progress, keep: Callable[[Training], None]
+    ) -> None:
+        """The rest of a training; `keep` is called after every episode."""
+        self._training = training
         try:
             while not training.done:
-                training.run_episode(tracker or UNTRACKED)
+                training.run_episode(tracker)
                 steps = training.decisions * self.spec.action_repeat
                 note = f"return {training.latest_return:.1f}"
                 progress(min(steps, self._options.steps), self._options.steps, note)
+                keep(training)
         finally:
             self._training = None
         self.finish_training(training)

@@ -30,6 +30,12 @@ CHECK_EVERY = 50
 SECTIONS = frozenset({"model", "target", "adam_mean", "adam_square", "replay", "random"})
 """Of a checkpoint."""
 
+FOLLOWER = "follower"
+"""One more, where something follows the training: what that has gathered."""
+
+CHECKPOINT = "checkpoint.safetensors"
+"""Its file."""
+
 
 class Training:
     """A training under way: plays an episode, then makes one update per decision.
@@ -167,8 +173,13 @@ class Training:
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
-    def save(self, directory: Path) -> None:
-        """Write everything that going on needs, between two episodes; replaces what is there."""
+    def save(self, directory: Path, gathered: Mapping[str, Tensor] | None = None) -> None:
+        """Write everything that going on needs, between two episodes; replaces what is there.
+
+        Args:
+            directory: of the checkpoint; made as needed.
+            gathered: by whoever follows the training; `load` returns it.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         sections = {
             "model": self.model.state_dict(),
@@ -176,6 +187,7 @@ class Training:
             **self.learner.moments(),
             "replay": self.buffer.to_tensors(),
             "random": {"noise": self._noise.get_state()},
+            FOLLOWER: gathered or {},
         }
         tensors = {
             f"{section}/{name}": tensor.detach().cpu().contiguous().clone()
@@ -192,23 +204,27 @@ class Training:
             "latest_return": None if np.isnan(self.latest_return) else self.latest_return,
         }
         # In one file, and moved into its place: there is always one whole checkpoint.
-        new = directory / "checkpoint.safetensors.new"
+        new = directory / f"{CHECKPOINT}.new"
         save_file(tensors, new, metadata={"training": json.dumps(facts)})
-        new.replace(directory / "checkpoint.safetensors")
+        new.replace(directory / CHECKPOINT)
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path) -> Mapping[str, Tensor]:
         """Go on from a checkpoint of the same task, options, shape and seed.
+
+        Returns:
+            What whoever followed the training had gathered.
 
         Raises:
             UserError: there is none, it is damaged, or it is of something else; the sentence says of what.
         """
-        path = directory / "checkpoint.safetensors"
+        path = directory / CHECKPOINT
         tensors, facts = _read(path)
         try:
             self._require_own(path, facts)
             self._take_over(tensors, facts)
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(f"the checkpoint {path} is damaged, or of another device ({error})") from None
+        return tensors.get(FOLLOWER, {})
 
     def _require_own(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Refuse what was learnt on another task, with other options, in another shape, from another seed."""
@@ -313,7 +329,7 @@ def _read(path: Path) -> tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, 
         for name, tensor in load_file(path).items():
             section, _, rest = name.partition("/")
             nested.setdefault(section, {})[rest] = tensor
-        if nested.keys() != SECTIONS or not isinstance(facts, dict):
+        if nested.keys() - {FOLLOWER} != SECTIONS or not isinstance(facts, dict):
             raise ValueError("not all parts of a checkpoint")
     except (SafetensorError, KeyError, ValueError, OSError):
         raise UserError(f"{path} is no checkpoint of a TD-MPC training, or a damaged one") from None
