@@ -70,6 +70,8 @@ REPORTED = {
         "stability_low",
         "stability_high",
         "lyapunov_decrease",
+        "lyapunov_decrease_low",
+        "lyapunov_decrease_high",
     )
 }
 """Kind of agent -> what its evaluation reports besides, of those that come with the package: what

@@ -34,6 +34,9 @@ ORDERED = (
     ("stability_low", "stability"),
     ("stability", "stability_high"),
     ("stability_low", "stability_high"),
+    ("lyapunov_decrease_low", "lyapunov_decrease"),
+    ("lyapunov_decrease", "lyapunov_decrease_high"),
+    ("lyapunov_decrease_low", "lyapunov_decrease_high"),
     ("worst_return", "return"),
 )
 """Measurements of which the first is never above the second."""

@@ -208,19 +208,32 @@ class TrainingProgress(_Display):
     ) -> None:
         super().__init__(console, clock)
         self._title = title
+        self._first: tuple[float, int] | None = None  # when the first steps were done, and how many
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` steps are done; `note` is for the agent's own words."""
-        elapsed = self._clock() - self._started
-        self._show(done, total, [training_line(self._title, done, total, elapsed, note)])
+        if self._first is None:  # of a training that goes on, much was done before
+            self._first = (self._clock(), done)
+        began, before = self._first
+        self._show(
+            done, total, [training_line(self._title, done, total, self._clock() - began, note, before)]
+        )
 
 
-def training_line(title: str, done: int, total: int, elapsed: float, note: str = "") -> str:
-    """A training's state in one line, such as `base: 1200/3000 (40 %), loss 0.013, 9 s left`."""
+def training_line(title: str, done: int, total: int, elapsed: float, note: str = "", before: int = 0) -> str:
+    """A training's state in one line, such as `base: 1200/3000 (40 %), loss 0.013, 9 s left`.
+
+    Args:
+        title: what is being trained.
+        done, total: steps.
+        elapsed: seconds since `before` of them were done.
+        note: in the agent's own words.
+        before: steps.
+    """
     share = done / total if total else 1.0
     parts = [f"{title}: {done}/{total} ({share:.0%})".replace("%", " %")]
     if note:
         parts.append(note)
-    if 0 < done < total:
-        parts.append(f"{duration(elapsed / done * (total - done))} left")
+    if before < done < total:
+        parts.append(f"{duration(elapsed / (done - before) * (total - done))} left")
     return ", ".join(parts)

@@ -123,6 +123,15 @@ def test_training_progress_is_what_agents_call() -> None:
     assert len(lines) == 6
 
 
+def test_what_was_done_before_says_nothing_of_the_speed() -> None:
+    clock, console = Clock(), plain_console()
+    with TrainingProgress("base", console, clock) as progress:
+        for done in range(21, 31):
+            clock.now += 6
+            progress(done, 30, "")
+    assert written(console).splitlines()[:2] == ["base: 21/30 (70 %)", "base: 22/30 (73 %), 48 s left"]
+
+
 def test_nothing_is_printed_for_nothing() -> None:
     console = plain_console()
     with TrainingProgress("base", console):

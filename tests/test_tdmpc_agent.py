@@ -440,6 +440,11 @@ def test_an_interrupted_training_ends_with_the_same_bits(after, tmp_path, monkey
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert all(torch.equal(tensor, whole.data()[name]) for name, tensor in agent.data().items())
+    run_without = make_tiny().start_training(3)
+    run_without.load(tmp_path / "training")
+    run_without.save(tmp_path / "bare")  # nobody followed it
+    with pytest.raises(UserError, match="is damaged"):
+        make_tiny().train_from(3, followed(agent), _silent, tmp_path / "bare")
     with pytest.raises(UserError, match="with seed 3, this one has 4"):
         make_tiny().train_from(4, followed(agent), _silent, tmp_path / "training")
 

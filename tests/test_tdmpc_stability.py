@@ -66,6 +66,13 @@ def test_a_linear_loop_decreases_at_its_own_rate(factor: float, window: int, sec
     assert found["lyapunov_decrease"] == pytest.approx(-2 * math.log(factor) / seconds, rel=1e-9)
 
 
+def test_the_rates_interval_reaches_from_the_slowest_to_the_fastest_of_two() -> None:
+    found = measure(SQUARE, [linear(0.5), linear(0.8)], 5, 0.1)
+    slow, fast = (-2 * math.log(factor) / 0.1 for factor in (0.8, 0.5))
+    bounds = [found[f"lyapunov_decrease{end}"] for end in ("_low", "", "_high")]
+    assert bounds == pytest.approx([slow, (slow + fast) / 2, fast])
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.02, 1.5, -1.1])
 def test_a_loop_that_diverges_or_stands_still_has_none(factor: float) -> None:
     found = measure(SQUARE, [linear(factor), linear(factor, 0.2)], 5, 0.1)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import elu, elu_
 
-MANY = 10_000
-"""Numbers from which ELU is faster by powers of two; half the time of torch's own for very many."""
+MANY = 6_000
+"""Numbers from which ELU is faster by an exponential, in passes: torch's takes up to twice as long.
 
-LOG2_E = math.log2(math.e)
+Its expm1 takes five times as long as its exp."""
 
 
 class ELU(nn.Module):
-    """ELU with alpha 1. On a CPU, many numbers of single precision or less are made by powers of two."""
+    """ELU with alpha 1. On a CPU, many numbers of single precision or less are made by an exponential."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The same shape and type."""
-        if not _by_powers(inputs):
+        if not _by_exp(inputs):
             return elu(inputs)
-        outputs: Tensor = _PowerELU.apply(inputs)  # type: ignore[no-untyped-call]
+        outputs: Tensor = _ELUByExp.apply(inputs)  # type: ignore[no-untyped-call]
         return outputs
 
 
@@ -41,11 +40,11 @@ class Tanh(nn.Module):
 
 def elu_in_place(x: Tensor) -> Tensor:
     """ELU of a tensor that needs no gradient, which is overwritten and returned."""
-    if not _by_powers(x):
+    if not _by_exp(x):
         return elu_(x)
     if x.dtype == torch.float32:
         return torch.maximum(x, _negative_part(x), out=x)
-    return x.copy_(_elu_by_powers(x))
+    return x.copy_(_elu_by_exp(x))
 
 
 def tanh_in_place(x: Tensor) -> Tensor:
@@ -53,26 +52,26 @@ def tanh_in_place(x: Tensor) -> Tensor:
     return x.mul_(2).sigmoid_().mul_(2).sub_(1) if x.device.type == "cpu" else x.tanh_()
 
 
-def _by_powers(x: Tensor) -> bool:
+def _by_exp(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() >= MANY
 
 
 def _negative_part(x: Tensor) -> Tensor:
     """exp(min(x, 0)) - 1."""
-    return x.clamp(max=0).mul_(LOG2_E).exp2_().sub_(1)
+    return x.clamp(max=0).exp_().sub_(1)
 
 
-def _elu_by_powers(x: Tensor) -> Tensor:
+def _elu_by_exp(x: Tensor) -> Tensor:
     """ELU in single precision, wrong by 1e-7 at most."""
     x = x.float()
     negative = _negative_part(x)
     return torch.maximum(x, negative, out=negative)
 
 
-class _PowerELU(torch.autograd.Function):
+class _ELUByExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor) -> Tensor:
-        outputs = _elu_by_powers(inputs).to(inputs.dtype)
+        outputs = _elu_by_exp(inputs).to(inputs.dtype)
         ctx.save_for_backward(outputs)
         return outputs
 

@@ -200,7 +200,11 @@ class TDMPC:
         """`train`, going on from the checkpoint in a directory and keeping one there."""
         training = self.start_training(seed)
         if (checkpoint / CHECKPOINT).is_file():
-            tracker.load_tensors(training.load(checkpoint))
+            gathered = training.load(checkpoint)
+            try:
+                tracker.load_tensors(gathered)
+            except (KeyError, RuntimeError) as error:
+                raise UserError(f"the checkpoint in {checkpoint} is damaged ({error})") from None
         due = time.monotonic() + CHECKPOINT_SECONDS
 
         def keep(training: Training) -> None:

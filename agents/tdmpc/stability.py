@@ -60,6 +60,8 @@ MEASUREMENTS: Mapping[str, str] = {
     "stability_low": "share of decisions",
     "stability_high": "share of decisions",
     "lyapunov_decrease": "1/s",
+    "lyapunov_decrease_low": "1/s",
+    "lyapunov_decrease_high": "1/s",
 }
 """What `measure` reports, with units."""
 
@@ -175,20 +177,18 @@ def measure(
         `stability`, the mean over episodes of `share_decreasing`; `stability_low` and `stability_high`, its
         95 % interval by the bootstrap over episodes, which are what is independent of one another: a point
         where all are alike, however few; `lyapunov_decrease`, the mean of `decrease_rate` over the episodes
-        that were outside of the goal, 0 where none was.
+        that were outside of the goal, 0 where none was; and its interval, in the same way.
     """
     along = [candidate.along(observations) for observations in episodes]
     shares = np.array([share_decreasing(values, candidate.level, window) for values in along])
     rates = [decrease_rate(values, candidate.level, window, seconds) for values in along]
-    known = [rate for rate in rates if rate is not None]
-    stability = float(shares.mean())
-    low, high = bootstrap_interval(shares)
-    return {
-        "stability": stability,
-        "stability_low": min(low, stability),
-        "stability_high": max(high, stability),
-        "lyapunov_decrease": float(np.mean(known)) if known else 0.0,
-    }
+    known = np.array([rate for rate in rates if rate is not None] or [0.0])
+    found: dict[str, float] = {}
+    for name, values in (("stability", shares), ("lyapunov_decrease", known)):
+        mean = float(values.mean())
+        low, high = bootstrap_interval(values)
+        found |= {name: mean, f"{name}_low": min(low, mean), f"{name}_high": max(high, mean)}
+    return found
 
 
 def share_decreasing(values: Values, level: float, window: int) -> float:
@@ -219,10 +219,10 @@ def decrease_rate(values: Values, level: float, window: int, seconds: float) -> 
     return float(ratios.mean() / (min(window, len(values) - 1) * seconds))
 
 
-def bootstrap_interval(shares: Values) -> tuple[float, float]:
+def bootstrap_interval(values: Values) -> tuple[float, float]:
     """A 95 % interval of the mean, by resampling; the same for the same numbers."""
-    drawn = np.random.default_rng(0).integers(len(shares), size=(RESAMPLES, len(shares)))
-    low, high = np.quantile(shares[drawn].mean(axis=1), [0.025, 0.975])
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
 
 
