@@ -184,7 +184,7 @@ def make_ready(checked: CheckedExperiment, progress: Progress) -> ReadySearch:
     database = checked.database()
     identity = RunDirectory(checked.path).read_identity() if checked.resume else None
     database.require_ready(identity)
-    run, base = _run_and_base(checked, progress)
+    run, base = _run_and_base(checked, progress, checked.config.has_trained_base)
     with _released_by_a_fault(run):
         database.identity = run.read_identity()
         dense = prepare(base)
@@ -207,15 +207,14 @@ def train_only(checked: CheckedExperiment, progress: Progress) -> tuple[RunDirec
         UserError: as `make_ready`.
     """
     if checked.resume:
-        return _run_and_base(checked, progress)
+        return _run_and_base(checked, progress, trained=True)
     run = _created(checked)
     with _nothing_left_of(run):
         return run, _train_into(run, checked, progress)
 
 
-def _run_and_base(checked: CheckedExperiment, progress: Progress) -> tuple[RunDirectory, Base]:
-    """The run directory, claimed, and its base."""
-    trained = checked.config.has_trained_base
+def _run_and_base(checked: CheckedExperiment, progress: Progress, trained: bool) -> tuple[RunDirectory, Base]:
+    """The run directory, claimed, and its base, trained or not."""
     if not checked.resume and not checked.holds_base_only:
         run = _created(checked)
         with _nothing_left_of(run):
@@ -270,12 +269,13 @@ def _created(checked: CheckedExperiment) -> RunDirectory:
 def _nothing_left_of(run: RunDirectory) -> Iterator[None]:
     """Remove a run directory if the block fails: it was made just now, and is worth nothing yet.
 
-    Unless there is a checkpoint of the base's training in it.
+    Unless there is a checkpoint of the base's training in it, and what failed may not fail again.
     """
     try:
         yield
-    except BaseException:
-        if run.training.exists():
+    except BaseException as error:
+        certain = isinstance(error, UserError) and not isinstance(error, ArithmeticError)
+        if run.training.exists() and not certain:
             run.release()
         else:
             shutil.rmtree(run.path, ignore_errors=True)

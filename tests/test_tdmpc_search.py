@@ -157,9 +157,15 @@ def test_the_base_comes_with_its_experience(serial):
     assert [trial["status"] for trial in trials("runs/point")] == ["complete"] * 2
 
 
-@pytest.mark.parametrize("command", ["train", "search"])
-def test_a_base_whose_training_is_interrupted_goes_on(command, serial, monkeypatch, capsys):
-    call = [command, "point.yaml", *(["--trials", "2"] if command == "search" else [])]
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["train", "point.yaml"],
+        ["train", "point.yaml", "--set", "base.mode=per_trial"],
+        ["search", "point.yaml", "--trials", "2"],
+    ],
+)
+def test_a_base_whose_training_is_interrupted_goes_on(call, serial, monkeypatch, capsys):
     assert main([*call, "--name", "whole"]) == 0
     monkeypatch.setattr("agents.tdmpc.agent.CHECKPOINT_SECONDS", 0.0)
     run_episode = Training.run_episode
@@ -188,6 +194,14 @@ def test_a_base_whose_training_is_interrupted_goes_on(command, serial, monkeypat
         assert all(np.array_equal(array, bases[1].scores[metric][group]) for group, array in scores.items())
     assert bases[0].performance == bases[1].performance
     assert not Path("runs/point/training").exists()
+
+
+def test_a_base_that_has_not_learnt_leaves_nothing_whatever_it_had_kept(serial, monkeypatch, capsys):
+    monkeypatch.setattr("agents.tdmpc.agent.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(TDMPC, "trivial", lambda self, split: 1e9)
+    assert main(["search", "point.yaml", "--name", "point"]) == 2
+    assert "no better than" in capsys.readouterr().err
+    assert not Path("runs/point").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -212,6 +213,23 @@ def test_a_checkpoint_of_another_seed_is_refused(checkpoint):
 
 def test_an_absent_checkpoint_is_refused(tmp_path):
     assert "there is no checkpoint" in refusal(training_of(STATE), tmp_path)
+
+
+def test_a_checkpoint_that_finds_no_room_is_named_and_leaves_the_last(checkpoint, tmp_path, monkeypatch):
+    training = training_of(STATE)
+    training.load(checkpoint)
+    training.save(tmp_path)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        training.save(tmp_path)
+    assert raised.value.filename == str(tmp_path / f"{CHECKPOINT}.new")
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+    assert (tmp_path / CHECKPOINT).read_bytes() == whole
 
 
 @pytest.mark.parametrize("name", ["replay/priorities", "replay/remaining", "target/encoder.0.weight"])

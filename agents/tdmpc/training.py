@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,7 +207,13 @@ class Training:
         }
         # In one file, and moved into its place: there is always one whole checkpoint.
         new = directory / f"{CHECKPOINT}.new"
-        save_file(tensors, new, metadata={"training": json.dumps(facts)})
+        try:
+            save_file(tensors, new, metadata={"training": json.dumps(facts)})
+            with new.open("rb+") as file:
+                os.fsync(file.fileno())
+        except (SafetensorError, OSError) as error:  # the disk is full, say
+            new.unlink(missing_ok=True)
+            raise OSError(errno.EIO, str(error), str(new)) from None
         new.replace(directory / CHECKPOINT)
 
     def load(self, directory: Path) -> Mapping[str, Tensor]:
