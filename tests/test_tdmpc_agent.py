@@ -410,6 +410,7 @@ def test_the_tracker_sees_both_losses_of_every_update_before_clipping():
 @pytest.mark.parametrize("after", [1, 2])  # before it learns, and after
 def test_an_interrupted_training_ends_with_the_same_bits(after, tmp_path, monkeypatch):
     monkeypatch.setattr("agents.tdmpc.agent.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("agents.tdmpc.agent.CHECKPOINT_RATIO", 0.0)
 
     def followed(agent):
         graph = trace_agent(agent, agent.calibration_inputs(8, 0))

@@ -168,6 +168,7 @@ def test_the_base_comes_with_its_experience(serial):
 def test_a_base_whose_training_is_interrupted_goes_on(call, serial, monkeypatch, capsys):
     assert main([*call, "--name", "whole"]) == 0
     monkeypatch.setattr("agents.tdmpc.agent.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("agents.tdmpc.agent.CHECKPOINT_RATIO", 0.0)
     run_episode = Training.run_episode
 
     def interrupt(self, tracker):
@@ -198,6 +199,7 @@ def test_a_base_whose_training_is_interrupted_goes_on(call, serial, monkeypatch,
 
 def test_a_base_that_has_not_learnt_leaves_nothing_whatever_it_had_kept(serial, monkeypatch, capsys):
     monkeypatch.setattr("agents.tdmpc.agent.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("agents.tdmpc.agent.CHECKPOINT_RATIO", 0.0)
     monkeypatch.setattr(TDMPC, "trivial", lambda self, split: 1e9)
     assert main(["search", "point.yaml", "--name", "point"]) == 2
     assert "no better than" in capsys.readouterr().err
