@@ -33,6 +33,11 @@ Split = Literal["validation", "test"]
 Progress = Callable[[int, int, str], None]
 """Called along long work with (steps done, steps in total, a few words)."""
 
+
+def unwatched(done: int, total: int, note: str) -> None:
+    """A `Progress` that nobody watches."""
+
+
 BUILT_IN: Mapping[str, str] = {
     "autoencoder": "agents.autoencoder:Autoencoder",
     "tdmpc": "agents.tdmpc.agent:TDMPC",

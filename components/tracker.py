@@ -152,12 +152,7 @@ class ImportanceHistory:
         """
         if "steps" not in tensors:
             raise UserError("an importance history lacks 'steps'")
-        scores: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key != "steps":
-                metric, _, group = key.partition("/")
-                scores.setdefault(metric, {})[group] = tensor
-        return cls(tensors["steps"], scores)
+        return cls(tensors["steps"], _nested({k: tensor for k, tensor in tensors.items() if k != "steps"}))
 
 
 class ImportanceTracker:
@@ -301,7 +296,8 @@ class ImportanceTracker:
         """Everything that going on needs, between two steps; a copy, flat, for safetensors.
 
         `record/<field>/<parameter>`, `gate/<group>`, `mean_square/<loss>`, `updates/<loss>`,
-        `history/<number>/<metric>/<group>`, their counts, and `steps`.
+        `history/<number>/<metric>/<group>`; `gate_count` and `mean_square_count` in the same way;
+        `history_steps`, `last_tracked` and `interval`.
         """
         found = {
             f"record/{field.name}/{name}": torch.as_tensor(getattr(record, field.name))
@@ -333,10 +329,7 @@ class ImportanceTracker:
         Raises:
             KeyError, RuntimeError: it is of another model.
         """
-        nested: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            kind, _, rest = key.partition("/")
-            nested.setdefault(kind, {})[rest] = tensor
+        nested = _nested(tensors)
         for name, record in self._records.items():
             for field in fields(record):
                 stored = nested["record"][f"{field.name}/{name}"]
@@ -351,14 +344,11 @@ class ImportanceTracker:
                 total = stored.to(device if kind == "gate" else "cpu").clone()
                 averages[name] = _Average(self._decay, total, int(nested[f"{kind}_count"][name]))
         self._updates = {loss: int(count) for loss, count in nested.get("updates", {}).items()}
-        self._history = []
-        for number, step in enumerate(nested["history_steps"][""].tolist()):
-            scores: dict[str, dict[str, Tensor]] = {}
-            for key, tensor in nested.get("history", {}).items():
-                own, metric, group = key.split("/", 2)
-                if own == str(number):
-                    scores.setdefault(metric, {})[group] = tensor.to(device).clone()
-            self._history.append((step, dict(scores)))
+        snapshots = _nested({key: t.to(device).clone() for key, t in nested.get("history", {}).items()})
+        self._history = [
+            (step, dict(_nested(snapshots[str(number)])))
+            for number, step in enumerate(nested["history_steps"][""].tolist())
+        ]
         self._last_tracked = int(nested["last_tracked"][""])
         self._interval = float(nested["interval"][""])
         self._pending = {}
@@ -477,6 +467,15 @@ class ImportanceTracker:
         for name, gate in gates.items():
             if bool(torch.isfinite(gate).all()):
                 self._gates.setdefault(name, _Average(self._decay)).add(gate / scale)
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """By the part of a name before its first slash, and by the rest, empty where there is none."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        first, _, rest = key.partition("/")
+        found.setdefault(first, {})[rest] = tensor
+    return found
 
 
 @dataclass(eq=False)

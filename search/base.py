@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 import components
-from agents.agent import Agent, Progress, Resumable, Split, agent_class, calibration_program
+from agents.agent import Agent, Progress, Resumable, Split, agent_class, calibration_program, unwatched
 from components import DependencyGraph, UserError, importance
 from components.calibration import record
 from components.size import parameter_count
@@ -108,7 +108,7 @@ def train_base(
     data: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
     threads: int = 1,
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = unwatched,
     checkpoint: Path | None = None,
 ) -> Base:
     """Train an agent, tracking importance along the way, score its channels and measure it.

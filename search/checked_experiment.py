@@ -20,6 +20,7 @@ from agents.agent import (
     searchable_options,
     shared_ratios,
     taught_methods,
+    unwatched,
 )
 from components import Group, UserError
 from components.choosing import Ranking, comparable_groups
@@ -143,9 +144,7 @@ class CheckedExperiment:
             number, proposal, trial_seed(self.config.search.seed, number), self.trial_settings()
         )
 
-    def train_base(
-        self, progress: Progress = lambda done, total, note: None, checkpoint: Path | None = None
-    ) -> Base:
+    def train_base(self, progress: Progress = unwatched, checkpoint: Path | None = None) -> Base:
         """Train the base; nothing but checkpoints is written.
 
         Args:

@@ -476,6 +476,11 @@ class ResourcesConfig(_Section):
     cpus: float = Field(1, gt=0)
     gpus: Literal["auto"] | float = "auto"
 
+    @property
+    def given_gpus(self) -> float | None:
+        """GPUs of a trial; None shares those there are."""
+        return None if self.gpus == "auto" else self.gpus
+
     @field_validator("gpus", mode="before")
     @classmethod
     def _auto_or_number(cls, gpus: object) -> object:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from agents.agent import Progress
+from agents.agent import Progress, unwatched
 from components import UserError
 from search.base import Base
 from search.base_files import load_base, save_base
@@ -68,7 +68,7 @@ class ReadySearch:
         open_ones = [number for number in budget if number not in finished]
         return sorted(open_ones, key=lambda number: number not in self.proposals)
 
-    def plan(self, progress: Progress = lambda done, total, note: None) -> Optimiser | None:
+    def plan(self, progress: Progress = unwatched) -> Optimiser | None:
         """What proposes trials where the sampler is `gradient`: its sweep, made once and kept; else None.
 
         Args:
@@ -83,13 +83,15 @@ class ReadySearch:
         from search.gradient_optimiser import sweep, sweep_points
 
         count = sweep_points(search.trials - checked.anchors)
-        points = read_sweep(self.run.sweep)
-        if points is None or len(points) != count or not all(checked.space.holds(p.params) for p in points):
-            # One thread: the same bits however many cores there are.
-            with deterministic(search.seed, threads=1):
-                points = sweep(self.dense, checked.space, count, progress)
-            GradientSweep(points, checked.space, checked.anchors).write(self.run.sweep)
-        return GradientSweep(points, checked.space, checked.anchors)
+        kept = read_sweep(self.run.sweep)
+        if kept is not None and len(kept) == count and all(checked.space.holds(p.params) for p in kept):
+            return GradientSweep(kept, checked.space, checked.anchors)
+        # One thread: the same bits however many cores there are.
+        with deterministic(search.seed, threads=1):
+            points = sweep(self.dense, checked.space, count, progress)
+        found = GradientSweep(points, checked.space, checked.anchors)
+        found.write(self.run.sweep)
+        return found
 
     def search(
         self, observers: Sequence[Callable[[TrialResult], None]] = (), address: str | None = None
@@ -123,7 +125,7 @@ class ReadySearch:
                     record=self.keeper.record,
                     observers=observers,
                     cpus=resources.cpus,
-                    gpus=None if resources.gpus == "auto" else resources.gpus,
+                    gpus=resources.given_gpus,
                     least_gpus=trial_share(self.base.gpu_share),
                     concurrency=search.concurrency,
                     address=address,
@@ -145,7 +147,7 @@ class ReadySearch:
             self.run.append_proposal(number, proposal)
         return self.checked.specify(number, proposal)
 
-    def finish(self, outcome: SearchOutcome, progress: Progress = lambda done, total, note: None) -> Front:
+    def finish(self, outcome: SearchOutcome, progress: Progress = unwatched) -> Front:
         """The final front; its trials are measured on test data unless the search was interrupted.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 
-from agents.agent import Objective, Progress
+from agents.agent import Objective, Progress, unwatched
 from components import UserError
 from search.base import retention
 from search.bundle import add_test_measurements, save_bundle
@@ -103,7 +103,7 @@ class FrontKeeper:
             self._constraints,
         )
 
-    def finish(self, measure_again: bool, progress: Progress = lambda done, total, note: None) -> Front:
+    def finish(self, measure_again: bool, progress: Progress = unwatched) -> Front:
         """Write the final front, if a trial was completed.
 
         Args:

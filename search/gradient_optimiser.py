@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from agents.agent import Agent, Progress, task_loss
+from agents.agent import Agent, Progress, task_loss, unwatched
 from components.choosing import choose
 from components.errors import UserError
 from components.mixing import normalise
@@ -185,7 +185,7 @@ def sweep(
     dense: PreparedBase,
     space: SearchSpace,
     count: int,
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = unwatched,
 ) -> list[SweepPoint]:
     """Trace the front of the soft model.
 

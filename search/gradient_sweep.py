@@ -64,9 +64,9 @@ class GradientSweep:
         self._points = tuple(points)
         self._order: list[int] = []
         self._first = first
-        decided = {_decision(space, anchor.params) for anchor in space.anchors()[:first]}
+        decided = {space.decision_at(anchor.params) for anchor in space.anchors()[:first]}
         for index in coarse_to_fine(len(points)):
-            decision = _decision(space, points[index].params)
+            decision = space.decision_at(points[index].params)
             if decision not in decided:
                 decided.add(decision)
                 self._order.append(index)
@@ -88,10 +88,6 @@ class GradientSweep:
             {"trial": trials.get(index), **point.to_record()} for index, point in enumerate(self._points)
         ]
         write_json(path, {"points": records})
-
-
-def _decision(space: SearchSpace, params: Params) -> tuple[object, ...]:
-    return space.decision(space.to_plan(params), space.to_options(params))
 
 
 def read_sweep(path: Path) -> list[SweepPoint] | None:

@@ -79,12 +79,11 @@ class _Display:
     def __init__(self, console: Console | None, clock: Callable[[], float]) -> None:
         self._console = console or Console()
         self._clock = clock
-        self._started = clock()
         self._lines: list[str] = []
         self._picture: list[str] = []  # below the lines, on a terminal only
         self._done, self._total = 0, 1
         self._printed: list[str] = []
-        self._printed_at = self._started
+        self._printed_at = clock()
         self._live = (
             Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
             if self._console.is_terminal
@@ -92,7 +91,7 @@ class _Display:
         )
 
     def __enter__(self) -> Self:
-        self._started = self._printed_at = self._clock()
+        self._printed_at = self._clock()
         return self
 
     def __exit__(
@@ -144,8 +143,7 @@ class SearchProgress(_Display):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        if self._live:
-            self._live.start()  # a bar at nothing, while the workers start
+        self._show(0, self._total_trials, [])  # a bar at nothing, while the workers start
         return self
 
     def update(

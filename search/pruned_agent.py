@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agents.agent import Agent, Comparing, Progress, Shrinkable, Student, agent_class
+from agents.agent import Agent, Comparing, Progress, Shrinkable, Student, agent_class, unwatched
 from components import DependencyGraph
 from components.choosing import choose
 from components.dependency import Scores
@@ -138,7 +138,7 @@ def _pruned_in_training(
     assert isinstance(agent, Shrinkable)
     updates_per_step = agent.training_updates / agent.training_steps
     pruning = _gradual_pruning(spec, gradual, agent, graph, stages, None, updates_per_step)
-    agent.train(spec.seed, pruning.tracker, pruning.during(lambda done, total, note: None))
+    agent.train(spec.seed, pruning.tracker, pruning.during(unwatched))
     pruning.require_finished()
     if isinstance(agent, Comparing):
         agent.compare_with(prepare(base, device).agent)

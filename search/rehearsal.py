@@ -10,7 +10,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 
-from agents.agent import Agent, Progress, agent_class, rehearsal
+from agents.agent import Agent, Progress, agent_class, rehearsal, unwatched
 from components.tracker import USUAL, ImportanceTracker, Tracking
 from search.base import TRACE_ROWS, Base, scored_base, trace_agent
 from search.determinism import deterministic
@@ -45,7 +45,7 @@ def rehearse(
     tracking: Tracking = USUAL,
     device: str = "cpu",
     threads: int = 1,
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = unwatched,
 ) -> tuple[Base, TrainingTime]:
     """A base to measure trials on, and how long training one takes.
 

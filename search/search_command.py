@@ -76,9 +76,8 @@ def run(
 
     # Before a base is trained for nothing.
     require_bounds()
-    gpus = None if config.resources.gpus == "auto" else config.resources.gpus
     with Interruption():  # Ray takes SIGTERM for itself
-        require_room(address, config.resources.cpus, gpus)
+        require_room(address, config.resources.cpus, config.resources.given_gpus)
     require_account(config.wandb.mode, config.wandb.entity)
     console.print(plan_line(checked), soft_wrap=True, highlight=False)
     with kept_training(path), TrainingProgress("base", console) as progress:

@@ -262,6 +262,10 @@ class SearchSpace:
             return decided
         return (*decided, *map(tuple, self.mixtures.weights(plan).values()))
 
+    def decision_at(self, params: Params) -> tuple[object, ...]:
+        """What a trial at a point of the space decides."""
+        return self.decision(self.to_plan(params), self.to_options(params))
+
     def coordinates(self, key: str, weights: Sequence[float]) -> Params:
         """The coordinates of a searched mixture with these weights of the metrics, up to rounding."""
         named = (self.mixtures.prefix(key) + metric for metric in self.metrics)

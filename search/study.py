@@ -310,8 +310,7 @@ class Study:
 
     def _is_new(self, params: Params) -> bool:
         """Whether no trial has decided the same."""
-        plan, options = self._space.to_plan(params), self._space.to_options(params)
-        return self._space.decision(plan, options) not in self._decisions
+        return self._space.decision_at(params) not in self._decisions
 
     def _make_sampler(self, seed: int, searched: Mapping[str, BaseDistribution]) -> BaseSampler:
         startup = max(len(self._anchors), STARTUP_TRIALS)

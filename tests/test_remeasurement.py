@@ -65,9 +65,19 @@ def test_a_helper_finds_the_same_bits(candidates: list[Candidate], monkeypatch: 
 
     here = measure_slowly(monkeypatch, lambda: all_but_one.wait(60))
     found = performances_on_test(candidates, None, progress)
-    assert found == {candidate.trial: performance_on_test(candidate, None) for candidate in candidates}
+    assert found == measured_here(candidates)
     assert len(here) == 2  # the helper did the rest
     assert told == [(done, len(candidates)) for done in range(len(candidates) + 1)]
+
+
+def measured_here(candidates: list[Candidate]) -> dict[int, float]:
+    return {candidate.trial: performance_on_test(candidate, None) for candidate in candidates}
+
+
+def assert_ended(pids: Path) -> None:
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
@@ -100,11 +110,9 @@ def test_what_helpers_cannot_do_is_done_here(
     here = measure_slowly(monkeypatch, lambda: begun(pids))
     monkeypatch.setattr(remeasurement, "PATIENCE_SECONDS", 0.1)
     found = performances_on_test(candidates, None, nothing)
-    assert found == {candidate.trial: performance_on_test(candidate, None) for candidate in candidates}
+    assert found == measured_here(candidates)
     assert sorted(here) == sorted(candidate.trial for candidate in candidates)
-    for pid in pids.read_text().split():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid), 0)
+    assert_ended(pids)
 
 
 def test_what_cannot_be_measured_costs_nothing_else(
@@ -169,9 +177,7 @@ def test_an_interruption_ends_the_helpers(
 
     with pytest.raises(KeyboardInterrupt):
         performances_on_test(candidates, None, interrupt)
-    for pid in pids.read_text().split():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid), 0)
+    assert_ended(pids)
 
 
 @pytest.mark.parametrize(

@@ -240,17 +240,21 @@ def test_the_policys_noise_is_truncated_and_lets_the_gradient_through():
 # --- precision -------------------------------------------------------------------------------------------
 
 
+def in_single_precision(horizon, number):
+    """A batch and the noise of its update."""
+    given, noise = batch(horizon, ROWS, number), update_noise(horizon, ROWS, number)
+    floats = {name: value.float() for name, value in vars(given).items() if name != "indices"}
+    noise = replace(noise, targets=noise.targets.float(), policy=noise.policy.float())
+    return replace(given, **floats), noise
+
+
 def learnt(precision, widths):
     chosen = options()
     model = world(widths, scale=0.4).float()
     learner = Learner(model, chosen, precision=precision)
     found = []
     for number in range(UPDATES):
-        given = batch(chosen.horizon, ROWS, number)
-        floats = {name: value.float() for name, value in vars(given).items() if name != "indices"}
-        given = replace(given, **floats)
-        noise = update_noise(chosen.horizon, ROWS, number)
-        noise = replace(noise, targets=noise.targets.float(), policy=noise.policy.float())
+        given, noise = in_single_precision(chosen.horizon, number)
         found.append(learner.update(given, noise, number))
     return model, learner, found
 
@@ -289,14 +293,11 @@ def test_under_autocast_last_layers_and_the_encoder_keep_their_precision():
 def test_under_autocast_the_targets_encoder_keeps_its_precision():
     chosen, model = options(), world(EVEN).float()
     learner = Learner(model, chosen, precision=torch.bfloat16)
-    given = batch(chosen.horizon, ROWS, 0)
-    observations = given.observations.float()
-    floats = {name: value.float() for name, value in vars(given).items() if name != "indices"}
-    noise = update_noise(chosen.horizon, ROWS, 0)
-    noise = replace(noise, targets=noise.targets.float(), policy=noise.policy.float())
+    given, noise = in_single_precision(chosen.horizon, 0)
+    following = given.observations[1:]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        slow, _ = learner._targets(replace(given, **floats), observations[1:], noise)
-    expected = model.encode(observations[1:].flatten(0, 1))  # of which the target is still a copy
+        slow, _ = learner._targets(given, following, noise)
+    expected = model.encode(following.flatten(0, 1))  # of which the target is still a copy
     assert torch.equal(slow.flatten(0, 1), expected)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -194,7 +194,7 @@ class TDMPC:
 
     def train(self, seed: int, tracker: Tracker | None, progress: Progress) -> None:
         """Play and learn for `steps` environment steps, from new random weights."""
-        self._train(self.start_training(seed), tracker or UNTRACKED, progress, lambda training: None)
+        self._train(self.start_training(seed), tracker or UNTRACKED, progress)
 
     def train_from(self, seed: int, tracker: StorableTracker, progress: Progress, checkpoint: Path) -> None:
         """`train`, going on from the checkpoint in a directory and keeping one there."""
@@ -207,20 +207,19 @@ class TDMPC:
                 raise UserError(f"the checkpoint in {checkpoint} is damaged ({error})") from None
         due = time.monotonic() + CHECKPOINT_SECONDS
 
-        def keep(training: Training) -> None:
+        def keep(done: int, total: int, note: str) -> None:
             nonlocal due
+            progress(done, total, note)
             began = time.monotonic()
             if began >= due:
                 training.save(checkpoint, tracker.to_tensors())
                 now = time.monotonic()
                 due = now + max(CHECKPOINT_SECONDS, CHECKPOINT_RATIO * (now - began))
 
-        self._train(training, tracker, progress, keep)
+        self._train(training, tracker, keep)
 
-    def _train(
-        self, training: Training, tracker: Tracker, progress: Progress, keep: Callable[[Training], None]
-    ) -> None:
-        """The rest of a training; `keep` is called after every episode."""
+    def _train(self, training: Training, tracker: Tracker, progress: Progress) -> None:
+        """The rest of a training; `progress` is called after every episode."""
         self._training = training
         try:
             while not training.done:
@@ -228,7 +227,6 @@ class TDMPC:
                 steps = training.decisions * self.spec.action_repeat
                 note = f"return {training.latest_return:.1f}"
                 progress(min(steps, self._options.steps), self._options.steps, note)
-                keep(training)
         finally:
             self._training = None
         self.finish_training(training)
